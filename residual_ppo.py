@@ -14,13 +14,13 @@ the soft-optimal policy of omega r + r_R at temperature alpha_hat is found witho
 
     r_RPG(s,a) = r_R(s,a) + omega' log pi(a|s) - alpha_hat log pi_theta(a|s),
 
-with no entropy bonus in the loss.  omega' = alpha_hat = beta is the KL-regularised objective r_R - beta KL(pi_theta||pi)
-of RLHF; omega' = 0 forgets the prior.  Residual Policy Gradient, arXiv 2503.11019; Residual Q-Learning, 2306.09526.
+with no entropy bonus in the loss.  omega' = alpha_hat = beta is the KL-regularised objective of RLHF, r_R - beta
+KL(pi_theta||pi); omega' = 0 forgets the prior.  Residual Policy Gradient, arXiv 2503.11019; Residual Q-Learning,
+arXiv 2306.09526.
 
     python residual_ppo.py --env-id Ant-v4 --omega 0.5
 """
 
-import csv
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -30,11 +30,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import envpool
 import flax.linen as nn
@@ -221,7 +222,7 @@ def normalise(obs: jax.Array, stats: RunningStats) -> jax.Array:
 
 
 def merge_stats(stats: RunningStats, data: jax.Array, valid: jax.Array) -> RunningStats:
-    """Statistics after also seeing data (..., *shape) where valid (...) is true (parallel update of Chan et al., 1983)."""
+    """Statistics after also seeing data (..., *shape) where valid (...) is true, by Chan's parallel update (1983)."""
     axes = tuple(range(valid.ndim))
     weight = valid.reshape(valid.shape + (1,) * (data.ndim - valid.ndim)).astype(data.dtype)
     count = weight.sum()
@@ -313,9 +314,7 @@ class LossMetrics(NamedTuple):
     clip_fraction: jax.Array
 
 
-def ppo_loss(
-    params: Any, batch: Batch, actor: Actor, critic: Critic, args: Any
-) -> tuple[jax.Array, LossMetrics]:
+def ppo_loss(params: Any, batch: Batch, actor: Actor, critic: Critic, args: Any) -> tuple[jax.Array, LossMetrics]:
     """Clipped surrogate plus value loss (arXiv 1707.06347), a scalar to minimise, and its diagnostics.
 
     There is no entropy bonus: the entropy is in the reward, and here it would count twice.
@@ -676,8 +675,8 @@ def evaluate(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Play an episode in each environment with sampled actions, and one with deterministic actions.
 
-    Returns: {"stochastic", "deterministic"} -> {"objective", "total", "basic", "addon", "metric", "length"} -> (num_envs,);
-    objective = omega basic + addon, total = basic + addon, metric is a mean over the episode's steps.
+    Returns: {"stochastic", "deterministic"} -> {"objective", "total", "basic", "addon", "metric", "length"} -> array
+    (num_envs,); objective = omega basic + addon, total = basic + addon, metric is a mean over the episode's steps.
     """
     policy, key = jax.device_put((policy, jax.random.PRNGKey(seed)), jax.devices("cpu")[0])
     results = {}
@@ -709,12 +708,9 @@ def evaluation_table(rows: dict[str, dict[str, dict[str, np.ndarray]]], metric: 
     return table
 
 
-def summarise(results: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean and standard deviation over episodes of each column of evaluate's result."""
-    return {
-        actions: {name: {"mean": round(x.mean(), 4), "std": round(x.std(), 4)} for name, x in columns.items()}
-        for actions, columns in results.items()
-    }
+def summarise(results: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, list[float]]]:
+    """[mean, standard deviation] over the episodes of each column of evaluate's result."""
+    return jax.tree.map(lambda x: [round(float(x.mean()), 3), round(float(x.std()), 3)], results)
 
 
 # -------------------------------------------------------------------------------- policy files
@@ -739,27 +735,24 @@ def policy_digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> s
     return digest.hexdigest()
 
 
-def policy_metadata(args: Any, alpha: float, results: dict[str, dict[str, np.ndarray]]) -> dict[str, str]:
-    """What a policy file says of a policy besides its network."""
-    training = {"args": dataclasses.asdict(args)} | provenance()
-    return {
+def save_policy(path: Path, actor: Actor, policy: Policy, args: Any, alpha: float, results: dict) -> None:
+    """Write a policy file (safetensors; described in README.md). Args: alpha, and evaluate's results, are recorded."""
+    tensors = policy_tensors(actor, policy)
+    metadata = {
+        "format": "pt",
         "env_id": args.env_id,
         "squash": str(args.squash).lower(),
+        "hidden_sizes": json.dumps(actor.hidden_sizes),
+        "activation": "tanh",
         "alpha": str(alpha),
         "returns": json.dumps(summarise(results)),
-        "training": json.dumps(training, default=str),
+        "training": json.dumps(provenance(args), default=str),
     }
-
-
-def save_policy(path: Path, actor: Actor, policy: Policy, metadata: dict[str, str]) -> None:
-    """Write a policy file (safetensors)."""
-    tensors = policy_tensors(actor, policy)
-    metadata = {"format": "pt", "activation": "tanh", "hidden_sizes": json.dumps(actor.hidden_sizes)} | metadata
     metadata["sha256"] = policy_digest(tensors, metadata)
     write_atomic(path, safetensors.numpy.save(tensors, metadata))
 
 
-def load_policy(path: Path, env: Env, env_id: str, squash: bool) -> tuple[Actor, Policy, dict[str, str]]:
+def load_policy(path: Path, env: Env, args: Any) -> tuple[Actor, Policy, dict[str, str]]:
     """Read a policy file: the network, its parameters with the normaliser, and the metadata.
 
     Raises: StopRun if the file is missing or damaged, or the policy is for another environment or of the other kind.
@@ -768,27 +761,25 @@ def load_policy(path: Path, env: Env, env_id: str, squash: bool) -> tuple[Actor,
         data = path.read_bytes()
         tensors = safetensors.numpy.load(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        actor, policy = parse_policy(tensors, metadata, env, env_id, squash)
+        return *parse_policy(tensors, metadata, env, args), metadata
     except FileNotFoundError:
         raise StopRun(f"there is no policy {path}; train one with train_prior_ppo.py, or name a file") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise StopRun(f"the policy {path} cannot be used: {error}") from None
-    return actor, policy, metadata
 
 
-def parse_policy(
-    tensors: dict[str, np.ndarray], metadata: dict[str, str], env: Env, env_id: str, squash: bool
-) -> tuple[Actor, Policy]:
-    """Make a policy of a policy file's contents; ValueError says what is wrong with them."""
+def parse_policy(tensors: dict, metadata: dict[str, str], env: Env, args: Any) -> tuple[Actor, Policy]:
+    """Make a policy of a file's contents; ValueError says what is wrong with them."""
     tensors = {name: array for name, array in tensors.items() if not name.startswith("critic.")}
-    required, optional = {"env_id", "squash", "hidden_sizes", "activation"}, {"format", "alpha", "returns", "training", "sha256"}
+    required = {"env_id", "squash", "hidden_sizes", "activation"}
+    optional = {"format", "alpha", "returns", "training", "sha256"}
     if wrong := (required - metadata.keys()) | (metadata.keys() - required - optional):
         raise ValueError(f"the metadata {sorted(wrong)} are missing or unknown")
     if metadata.get("sha256", digest := policy_digest(tensors, metadata)) != digest:
         raise ValueError("it is damaged (its sha256 does not match); copy or export it anew")
-    if metadata["env_id"].rpartition("-v")[0] != env_id.rpartition("-v")[0]:
-        raise ValueError(f"it is for {metadata['env_id']}, not {env_id}; change --env-id or the policy")
-    if metadata["squash"] != str(squash).lower():
+    if metadata["env_id"].rpartition("-v")[0] != args.env_id.rpartition("-v")[0]:
+        raise ValueError(f"it is for {metadata['env_id']}, not {args.env_id}; change --env-id or the policy")
+    if metadata["squash"] != str(args.squash).lower():
         flag = "--squash" if metadata["squash"] == "true" else "--no-squash"
         raise ValueError(f"it was made with squash = {metadata['squash']}; add {flag}, or take another policy")
     if metadata["activation"] != "tanh":
@@ -797,30 +788,31 @@ def parse_policy(
         raise ValueError(f"its alpha is {metadata['alpha']}, which is no temperature")
     hidden_sizes = tuple(json.loads(metadata["hidden_sizes"]))
     widths = (env.obs_dim, *hidden_sizes, env.action_dim)
-    shapes = {"actor_logstd": (env.action_dim,), "obs_mean": (env.obs_dim,), "obs_var": (env.obs_dim,)}
-    for i, (width_in, width_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-        shapes |= {f"actor_mean.{2 * i}.weight": (width_out, width_in), f"actor_mean.{2 * i}.bias": (width_out,)}
+    shapes = {"actor_logstd": widths[-1:], "obs_mean": widths[:1], "obs_var": widths[:1]}
+    for i in range(len(widths) - 1):
+        shapes |= {
+            f"actor_mean.{2 * i}.weight": widths[i : i + 2][::-1],
+            f"actor_mean.{2 * i}.bias": widths[i + 1 : i + 2],
+        }
     if wrong := shapes.keys() ^ tensors.keys():
         raise ValueError(f"the tensors {sorted(wrong)} are missing or unknown")
     for name, shape in shapes.items():
         if tensors[name].shape != shape or tensors[name].dtype != np.float32:
-            raise ValueError(f"{name} is {tensors[name].dtype}{tensors[name].shape}, not float32{shape}")
-        if not np.isfinite(tensors[name]).all():
-            raise ValueError(f"{name} is not finite")
-    if (tensors["obs_var"] < 0).any():
-        raise ValueError("obs_var is negative")
+            raise ValueError(f"{name} is {tensors[name].dtype} {tensors[name].shape}, not float32 {shape}")
+        if not np.isfinite(tensors[name]).all() or (name == "obs_var" and (tensors[name] < 0).any()):
+            raise ValueError(f"{name} has impossible entries (NaN, infinite, or a negative variance)")
     params = {"log_std": tensors["actor_logstd"]}
-    for i in range(len(hidden_sizes) + 1):
+    for i in range(len(widths) - 1):
         kernel, bias = tensors[f"actor_mean.{2 * i}.weight"].T, tensors[f"actor_mean.{2 * i}.bias"]
         params[f"Dense_{i}"] = {"kernel": kernel, "bias": bias}
-    obs_stats = RunningStats(tensors["obs_mean"], tensors["obs_var"], np.float32(1))
-    return Actor(env.action_dim, hidden_sizes), jax.tree.map(jnp.asarray, Policy({"params": params}, obs_stats))
+    policy = Policy({"params": params}, RunningStats(tensors["obs_mean"], tensors["obs_var"], np.float32(1)))
+    return Actor(env.action_dim, hidden_sizes), jax.tree.map(jnp.asarray, policy)
 
 
 # ------------------------------------------------------------------------- run folders and logs
 
 
-CONSOLE = rich.console.Console(highlight=False)
+CONSOLE = rich.console.Console(highlight=False, soft_wrap=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -835,46 +827,43 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def check_args(args: Any) -> None:
     """StopRun if flags cannot work, alone or together."""
-    limits = {
-        "must be at least 1": (1, "num_envs num_steps num_minibatches update_epochs eval_episodes num_evals"),
-        "must be above 0": (1e-30, "learning_rate max_grad_norm clip_coef"),
-        "must not be negative": (
-            0, "seed alpha alpha_hat omega omega_prime ent_coef vf_coef gamma gae_lambda target_kl checkpoint_interval",
-        ),
-    }  # fmt: skip
+    at_least_1 = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes", "num_evals")
+    above_0 = ("learning_rate", "max_grad_norm", "clip_coef")
+    up_to_1 = ("gamma", "gae_lambda")
+    any_sign = ("addon_coef",)
     for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, float) and not np.isfinite(value):
-            raise StopRun(f"{flag} {value} is not a finite number")
-        for rule, (least, names) in limits.items():
-            if name in names.split() and value is not None and value < least:
-                raise StopRun(f"{flag} is {value}; it {rule}")
-    for name in ("gamma", "gae_lambda"):
-        if getattr(args, name) > 1:
-            raise StopRun(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not exceed 1")
+        flag = f"--{name.replace('_', '-')} is {value}; it must"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not np.isfinite(value):
+            raise StopRun(f"{flag} be a finite number")
+        if value < 0 and name not in any_sign:
+            raise StopRun(f"{flag} not be negative")
+        if (name in at_least_1 or name in above_0) and value == 0:
+            raise StopRun(f"{flag} be above 0")
+        if name in up_to_1 and value > 1:
+            raise StopRun(f"{flag} not be above 1")
     if args.seed >= 2**30:
         raise StopRun(f"--seed is {args.seed}; it must be below 2^30")
     if min(args.hidden_sizes or (1,)) < 1:
-        raise StopRun(f"--hidden-sizes are {args.hidden_sizes}; each must be at least 1")
+        raise StopRun(f"--hidden-sizes is {args.hidden_sizes}; every layer needs at least 1 unit")
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
-        raise StopRun(
-            f"--num-envs {args.num_envs} times --num-steps {args.num_steps} is {batch_size}, which "
-            f"--num-minibatches {args.num_minibatches} does not divide; choose a divisor"
-        )
+        split = f"--num-minibatches {args.num_minibatches} does not divide the {batch_size} steps of an iteration"
+        raise StopRun(f"{split} (--num-envs {args.num_envs} times --num-steps {args.num_steps}); choose a divisor")
     if args.total_timesteps < batch_size:
-        raise StopRun(f"--total-timesteps {args.total_timesteps} is less than an iteration's {batch_size} steps")
+        raise StopRun(f"--total-timesteps {args.total_timesteps} is less than one iteration, {batch_size} steps")
 
 
-def provenance() -> dict[str, Any]:
-    """What results depend on besides the arguments."""
+def provenance(args: Any) -> dict[str, Any]:
+    """The arguments, and what else results depend on."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    packages = ("jax", "jaxlib", "flax", "optax", "envpool", "gymnasium", "mujoco", "numpy")
+    packages = ("jax", "flax", "optax", "envpool", "gymnasium", "mujoco", "numpy")
     return {
         "command": " ".join(sys.argv),
+        "args": dataclasses.asdict(args),
         "git_commit": git.stdout.strip() or None,
-        "python": sys.version.split()[0],
-        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "packages": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages},
         "device": jax.devices()[0].device_kind,
     }
 
@@ -884,13 +873,21 @@ def create_run(args: Any) -> Path:
     run_dir = args.runs_dir / f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     try:
         run_dir.mkdir(parents=True)
-        content = {"args": dataclasses.asdict(args)} | provenance()
-        write_atomic(run_dir / "args.json", json.dumps(content, indent=2, default=str).encode())
-    except FileExistsError:
-        raise StopRun(f"{run_dir} exists; start again a second later, or with another --seed") from None
+        write_atomic(run_dir / "args.json", json.dumps(provenance(args), indent=2, default=str).encode())
+    except FileExistsError as error:
+        raise StopRun(f"{error.filename} exists already; choose another --seed or --runs-dir") from None
     except OSError as error:
         raise StopRun(f"cannot write to --runs-dir {args.runs_dir}: {error.strerror}") from None
     return run_dir
+
+
+def prepare(args: Any) -> Any:
+    """The arguments to go by, checked: with --resume those that the run was started with."""
+    # JAX's warning of os.fork() is about forks without exec, and Gymnasium's about v4 is known to who chose v4.
+    warnings.filterwarnings("ignore", message=r".*(os\.fork\(\)|is out of date)")
+    args = resume_args(args) if args.resume else args
+    check_args(args)
+    return args
 
 
 def resume_args(args: Any) -> Any:
@@ -931,26 +928,29 @@ class RunLog:
     def __init__(self, run_dir: Path, args: Any, global_step: int):
         """Go on from global_step; rows that an interrupted run wrote after its checkpoint are dropped."""
         path = run_dir / "metrics.csv"
-        rows = list(csv.reader(path.open())) if global_step else []
+        rows = [line.split(",") for line in path.read_text().splitlines()] if global_step else []
         rows = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= global_step]
         write_atomic(path, "".join(",".join(row) + "\n" for row in rows).encode())
         self.csv = path.open("a", buffering=1)
         self.tensorboard = tensorboardX.SummaryWriter(str(run_dir), purge_step=global_step)
-        self.wandb = start_wandb(run_dir, args) if args.track else None
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+            self.wandb = wandb.init(**where, id=run_dir.name, resume="allow", config=vars(args))
         self.total, self.first_step, self.start = args.total_timesteps, global_step, time.time()
+        self.elapsed_before = float(rows[-1][1]) if len(rows) > 1 else 0.0
         self.compile_time = self.next_report = 0.0
-        self.elapsed_before = float(rows[-1][1]) if rows else 0.0
         self.live = args.progress and CONSOLE.is_terminal
         columns = (rich.progress.BarColumn(20), rich.progress.TaskProgressColumn(), rich.progress.TimeRemainingColumn())
         self.bar = rich.progress.Progress(*columns, rich.progress.TextColumn("{task.description}"), console=CONSOLE)
         self.task = self.bar.add_task("compiling", total=self.total, completed=global_step)
-
-    def __enter__(self) -> "RunLog":
         if self.live:
             self.bar.start()
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Finish all logs."""
         self.bar.stop()
         self.csv.close()
         self.tensorboard.close()
@@ -961,39 +961,33 @@ class RunLog:
         """Log an iteration: a row always, the rest about every second."""
         elapsed = time.time() - self.start
         speed = (global_step - self.first_step) / (elapsed - self.compile_time)
-        row = {"global_step": global_step, "elapsed_s": f"{self.elapsed_before + elapsed:.3f}", "steps_per_s": f"{speed:.0f}"}
+        row = {
+            "global_step": str(global_step),
+            "elapsed_s": f"{self.elapsed_before + elapsed:.3f}",
+            "steps_per_s": f"{speed:.0f}",
+        }
         row |= {name: f"{value:.6g}" for name, value in metrics.items()}
         if not self.csv.tell():
             self.csv.write(",".join(row) + "\n")
-        self.csv.write(",".join(map(str, row.values())) + "\n")
-        if not self.compile_time:
-            self.compile_time, self.first_step = elapsed, global_step
+        self.csv.write(",".join(row.values()) + "\n")
+        if not self.compile_time:  # the first iteration is mostly compilation: it does not count for the speed
+            self.compile_time, self.first_step, self.next_report = elapsed, global_step, elapsed + 1e-9
         if elapsed < self.next_report and global_step < self.total:
             return
         self.next_report = elapsed + (1 if self.live else 10)
+        metrics = {name: value for name, value in metrics.items() if np.isfinite(value)}
         for name, value in metrics.items():
-            if not np.isnan(value):
-                self.tensorboard.add_scalar(name, value, global_step)
+            self.tensorboard.add_scalar(name, value, global_step)
         if self.wandb:
             self.wandb.log(metrics, step=global_step)
         shown = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy")
-        values = {name.removesuffix("_return"): metrics[name] for name in shown if name in metrics}
-        text = "  ".join(f"{name} {'–' if np.isnan(value) else format(value, '.4g')}" for name, value in values.items())
-        text = f"{speed:,.0f} steps/s  {text}"
+        values = [f"{name.removesuffix('_return')} {metrics[name]:.4g}" for name in shown if name in metrics]
+        text = "  ".join([f"{speed:,.0f} steps/s", *values])
         if self.live:
             self.bar.update(self.task, completed=global_step, description=text)
         else:
             left = (self.total - global_step) / speed
             print(f"{global_step / self.total:4.0%}  {left:5.0f} s left  {text}", flush=True)
-
-
-def start_wandb(run_dir: Path, args: Any) -> Any:
-    """The run's mirror at Weights & Biases."""
-    import wandb
-
-    config = json.loads((run_dir / "args.json").read_text())
-    project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-    return wandb.init(**project, name=run_dir.name, id=run_dir.name, resume="allow", config=config)
 
 
 def plot_learning_curve(run_dir: Path) -> None:
@@ -1025,7 +1019,9 @@ def open_renderer(env_id: str) -> Any:
         renderer.reset()
         renderer.render()
     except Exception as error:  # every drawing library fails in its own way
-        raise StopRun(f"--capture-video cannot draw ({error}); without a display, install EGL: apt-get install libegl1") from None
+        raise StopRun(
+            f"--capture-video cannot draw ({error}); without a display, install EGL: apt-get install libegl1"
+        ) from None
     return renderer
 
 
@@ -1034,51 +1030,60 @@ def record_video(renderer: Any, env: Env, actor: Actor, squash: bool, policy: Po
     import imageio
 
     act = jax.jit(lambda obs: actor.apply(policy.params, normalise(obs, policy.obs_stats))[0])
-    (obs, _), done, frames = renderer.reset(), False, []
-    while not done:
-        frames.append(renderer.render())
-        action = np.asarray(env_action(act(jnp.asarray(obs, jnp.float32)), env.low, env.high, squash))
-        obs, _, terminated, truncated, _ = renderer.step(action)
-        done = terminated or truncated
-    imageio.mimsave(path, frames, fps=renderer.metadata["render_fps"])
+    (obs, _), done = renderer.reset(), False
+    with imageio.get_writer(path, fps=renderer.metadata["render_fps"]) as video:
+        while not done:
+            video.append_data(renderer.render())
+            action = np.asarray(env_action(act(obs.astype(np.float32)), env.low, env.high, squash))
+            obs, _, terminated, truncated, _ = renderer.step(action)
+            done = terminated or truncated
 
 
 # ---------------------------------------------------------------------------------------- main
 
 
 def train(
-    env: Env, addon: AddonTask, actor: Actor, update: Callable, args: Any, state: TrainState, run_dir: Path, on_iteration: Callable
+    env: Env,
+    addon: AddonTask,
+    actor: Actor,
+    update: Callable,
+    args: Any,
+    state: TrainState,
+    run_dir: Path,
+    after: Callable = lambda state: None,
 ) -> TrainState:
-    """Alternate rollouts and updates for the whole budget; StopRun on Ctrl-C, and when the numbers go bad.
+    """Alternate rollouts and updates for the whole budget; StopRun on Ctrl-C, and when numbers stop being finite.
 
-    Args: update maps (state, transitions, last_obs) to (state, metrics); on_iteration is called with each new state.
+    Args: update maps (state, transitions, last_obs) to (state, metrics); after is called with each new state.
     """
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
     batch_size = args.num_envs * args.num_steps
     env_state, state = reset_env(env), jax.device_put(state, device)
-    interrupts = []
-    signal.signal(signal.SIGINT, lambda *_: (interrupts.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     save_checkpoint(run_dir, state)
     saved_at = time.time()
-    with RunLog(run_dir, args, int(state.iteration) * batch_size) as log:
+    log = RunLog(run_dir, args, int(state.iteration) * batch_size)
+    interrupts = []  # the first Ctrl-C ends the run after the iteration under way, a second one at once
+    signal.signal(signal.SIGINT, lambda *_: (interrupts.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    try:
         for iteration in range(int(state.iteration), args.total_timesteps // batch_size):
             policy = jax.device_put(Policy(state.params["actor"], state.obs_stats), cpu)
             env_state, transitions = rollout(env, addon, actor, args, policy, env_state, iteration)
-            last_state = state
-            state, metrics = update(state, *jax.device_put((transitions, env_state.obs), device))
-            metrics = jax.device_get(metrics)
-            global_step = (iteration + 1) * batch_size
-            if not all(np.isfinite(value) for value in metrics.values()):
-                save_checkpoint(run_dir, last_state)
-                bad = [name for name, value in metrics.items() if not np.isfinite(value)]
-                raise StopRun(f"{bad} not finite at step {global_step}; the last good state is in {run_dir}", exit_code=1)
-            log.write(global_step, episode_metrics(env_state.finished) | metrics)
-            on_iteration(state)
+            new_state, metrics = update(state, *jax.device_put((transitions, env_state.obs), device))
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if bad := [name for name, value in metrics.items() if not np.isfinite(value)]:
+                save_checkpoint(run_dir, state)
+                where = f"in iteration {iteration + 1}; the state before it is in {run_dir}"
+                raise StopRun(f"{', '.join(bad)} not finite {where}; try a lower --learning-rate", exit_code=1)
+            state = new_state
+            log.write((iteration + 1) * batch_size, episode_metrics(env_state.finished) | metrics)
+            after(state)
             if interrupts or time.time() - saved_at >= args.checkpoint_interval:
                 save_checkpoint(run_dir, state)
                 saved_at = time.time()
             if interrupts:
-                raise StopRun(f"interrupted; go on with: python {sys.argv[0]} --resume {run_dir}", exit_code=130)
+                raise StopRun(f"interrupted; continue with: python {sys.argv[0]} --resume {run_dir}", exit_code=130)
+    finally:
+        log.close()
     save_checkpoint(run_dir, state)
     return state
 
@@ -1091,26 +1096,31 @@ def episode_metrics(finished: EpisodeSums) -> dict[str, float]:
     return returns | {"addon_metric": metric / length, "episode_length": length}
 
 
-def save_evaluation(run_dir: Path, rows: dict[str, dict[str, dict[str, np.ndarray]]]) -> None:
-    """Write the evaluation, every episode of it, to eval.json; with it the run counts as complete."""
+def finish_run(
+    run_dir: Path, env: Env, addon: AddonTask, actor: Actor, policy: Policy, args: Any, rows: dict, renderer: Any
+) -> None:
+    """Draw, record, and write the evaluation, with which the run counts as complete; then show it."""
+    plot_learning_curve(run_dir)
+    if renderer:
+        record_video(renderer, env, actor, args.squash, policy, run_dir / "video.mp4")
     content = {
-        policy: {"summary": summarise(results), "episodes": jax.tree.map(np.ndarray.tolist, results)}
-        for policy, results in rows.items()
+        name: {"summary": summarise(results), "episodes": jax.tree.map(np.ndarray.tolist, results)}
+        for name, results in rows.items()
     }
     write_atomic(run_dir / "eval.json", json.dumps(content, indent=1).encode())
+    CONSOLE.print(evaluation_table(rows, addon.metric))
+    CONSOLE.print(f"the policy, its metrics and curves are in {run_dir}")
 
 
 def main(args: Args) -> None:
     """Customise the prior."""
-    if args.resume:
-        args = resume_args(args)
-    check_args(args)
+    args = prepare(args)
     if args.omega is not None and args.omega_prime is not None:
         raise StopRun("--omega and --omega-prime both set the weight of the prior; give one of them")
     addon = choose_addon(args.addon, args.env_id, args.addon_coef)
     env = make_env(args.env_id, args.num_envs, args.seed)
     prior_path = args.prior or Path("priors") / f"{args.env_id}.safetensors"
-    prior_actor, prior, prior_info = load_policy(prior_path, env, args.env_id, args.squash)
+    prior_actor, prior, prior_info = load_policy(prior_path, env, args)
     alpha = float(prior_info.get("alpha", 0))
     if alpha == 0 and (args.omega_prime is None or args.alpha_hat is None):
         raise StopRun(f"{prior_path} names no temperature alpha; give --omega-prime and --alpha-hat")
@@ -1131,26 +1141,23 @@ def main(args: Args) -> None:
     eval_env = make_env(args.env_id, args.eval_episodes, args.seed + args.num_envs)
     renderer = open_renderer(args.env_id) if args.capture_video else None
     run_dir = args.resume or create_run(args)
-    CONSOLE.print(f"[bold]{args.env_id}[/bold] + {addon.function.__doc__}")
-    CONSOLE.print(f"prior {prior_path}, return {prior_info.get('returns', 'unknown')}, alpha = {alpha:g}")
-    CONSOLE.print(f"omega' = {omega_prime:g}, alpha_hat = {alpha_hat:g}, on {jax.devices()[0].device_kind}, to {run_dir}")
+    returns = json.loads(prior_info.get("returns", "{}"))
+    known = [f"{actions} {columns['basic'][0]:.0f} ± {columns['basic'][1]:.0f}" for actions, columns in returns.items()]
+    CONSOLE.print(f"[bold]Residual PPO[/bold] on {args.env_id}, {jax.devices()[0].device_kind}, run folder {run_dir}")
+    CONSOLE.print(f"prior    {prior_path}, alpha = {alpha:g}, basic return {', '.join(known) or 'unknown'}")
+    CONSOLE.print(f"add-on   {addon.coef:g} x ({addon.function.__doc__})")
+    CONSOLE.print(f"weights  omega' = {omega_prime:g} (omega = {omega:g}), alpha_hat = {alpha_hat:g}")
 
     update = partial(residual_update, actor, critic, prior_actor, omega_prime, alpha_hat, args, prior)
-    state = train(env, addon, actor, update, args, state, run_dir, on_iteration=lambda state: None)
+    state = train(env, addon, actor, update, args, state, run_dir)
 
     policy = Policy(state.params["actor"], state.obs_stats)
     rows = {
         "prior": evaluate(eval_env, addon, prior_actor, args.squash, prior, omega, args.seed),
         "customised": evaluate(eval_env, addon, actor, args.squash, policy, omega, args.seed),
     }
-    metadata = policy_metadata(args, alpha_hat, rows["customised"])
-    save_policy(run_dir / "policy.safetensors", actor, policy, metadata)
-    plot_learning_curve(run_dir)
-    if renderer:
-        record_video(renderer, env, actor, args.squash, policy, run_dir / "video.mp4")
-    save_evaluation(run_dir, rows)
-    CONSOLE.print(evaluation_table(rows, addon.metric))
-    CONSOLE.print(f"policy, metrics and curves are in {run_dir}")
+    save_policy(run_dir / "policy.safetensors", actor, policy, args, alpha_hat, rows["customised"])
+    finish_run(run_dir, env, addon, actor, policy, args, rows, renderer)
 
 
 if __name__ == "__main__":
