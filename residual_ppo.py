@@ -708,11 +708,6 @@ def evaluation_table(rows: dict[str, dict[str, dict[str, np.ndarray]]], metric: 
     return table
 
 
-def summarise(results: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, list[float]]]:
-    """[mean, standard deviation] over the episodes of each column of evaluate's result."""
-    return jax.tree.map(lambda x: [round(float(x.mean()), 3), round(float(x.std()), 3)], results)
-
-
 # -------------------------------------------------------------------------------- policy files
 
 
@@ -745,7 +740,7 @@ def save_policy(path: Path, actor: Actor, policy: Policy, args: Any, alpha: floa
         "hidden_sizes": json.dumps(actor.hidden_sizes),
         "activation": "tanh",
         "alpha": str(alpha),
-        "returns": json.dumps(summarise(results)),
+        "returns": ", ".join(f"{k} {x['basic'].mean():.0f} ± {x['basic'].std():.0f}" for k, x in results.items()),
         "training": json.dumps(provenance(args), default=str),
     }
     metadata["sha256"] = policy_digest(tensors, metadata)
@@ -1104,7 +1099,11 @@ def finish_run(
     if renderer:
         record_video(renderer, env, actor, args.squash, policy, run_dir / "video.mp4")
     content = {
-        name: {"summary": summarise(results), "episodes": jax.tree.map(np.ndarray.tolist, results)}
+        name: {
+            "mean": jax.tree.map(np.mean, results),
+            "std": jax.tree.map(np.std, results),
+            "episodes": jax.tree.map(np.ndarray.tolist, results),
+        }
         for name, results in rows.items()
     }
     write_atomic(run_dir / "eval.json", json.dumps(content, indent=1).encode())
@@ -1141,10 +1140,8 @@ def main(args: Args) -> None:
     eval_env = make_env(args.env_id, args.eval_episodes, args.seed + args.num_envs)
     renderer = open_renderer(args.env_id) if args.capture_video else None
     run_dir = args.resume or create_run(args)
-    returns = json.loads(prior_info.get("returns", "{}"))
-    known = [f"{actions} {columns['basic'][0]:.0f} ± {columns['basic'][1]:.0f}" for actions, columns in returns.items()]
     CONSOLE.print(f"[bold]Residual PPO[/bold] on {args.env_id}, {jax.devices()[0].device_kind}, run folder {run_dir}")
-    CONSOLE.print(f"prior    {prior_path}, alpha = {alpha:g}, basic return {', '.join(known) or 'unknown'}")
+    CONSOLE.print(f"prior    {prior_path}, alpha = {alpha:g}, return {prior_info.get('returns', 'unknown')}")
     CONSOLE.print(f"add-on   {addon.coef:g} x ({addon.function.__doc__})")
     CONSOLE.print(f"weights  omega' = {omega_prime:g} (omega = {omega:g}), alpha_hat = {alpha_hat:g}")
 

@@ -717,11 +717,6 @@ def evaluation_table(rows: dict[str, dict[str, dict[str, np.ndarray]]], metric: 
     return table
 
 
-def summarise(results: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, list[float]]]:
-    """[mean, standard deviation] over the episodes of each column of evaluate's result."""
-    return jax.tree.map(lambda x: [round(float(x.mean()), 3), round(float(x.std()), 3)], results)
-
-
 # -------------------------------------------------------------------------------- policy files
 
 
@@ -754,7 +749,7 @@ def save_policy(path: Path, actor: Actor, policy: Policy, args: Any, alpha: floa
         "hidden_sizes": json.dumps(actor.hidden_sizes),
         "activation": "tanh",
         "alpha": str(alpha),
-        "returns": json.dumps(summarise(results)),
+        "returns": ", ".join(f"{k} {x['basic'].mean():.0f} ± {x['basic'].std():.0f}" for k, x in results.items()),
         "training": json.dumps(provenance(args), default=str),
     }
     metadata["sha256"] = policy_digest(tensors, metadata)
@@ -1113,7 +1108,11 @@ def finish_run(
     if renderer:
         record_video(renderer, env, actor, args.squash, policy, run_dir / "video.mp4")
     content = {
-        name: {"summary": summarise(results), "episodes": jax.tree.map(np.ndarray.tolist, results)}
+        name: {
+            "mean": jax.tree.map(np.mean, results),
+            "std": jax.tree.map(np.std, results),
+            "episodes": jax.tree.map(np.ndarray.tolist, results),
+        }
         for name, results in rows.items()
     }
     write_atomic(run_dir / "eval.json", json.dumps(content, indent=1).encode())

@@ -8,10 +8,10 @@
 # ///
 """Train a prior: Soft PPO on the environment's own reward, its best snapshot exported for customisation.
 
-The maximum-entropy objective J = E[ sum_t gamma^t ( r(s_t,a_t) + alpha H(pi_theta(.|s_t)) ) ] is maximised by an ordinary
-policy gradient on the reward r - alpha log pi_theta, with no entropy bonus in the loss (Soft Policy Gradient, arXiv
-2503.11019).  A policy that is soft-optimal at a known alpha carries its reward in its log-probability, alpha log pi(a|s)
-= Q*(s,a) - V*(s), and that is what residual_ppo.py needs.  `--alpha 0 --ent-coef 0.01` is the classical PPO instead.
+The maximum-entropy objective J = E[ sum_t gamma^t ( r(s_t,a_t) + alpha H(pi_theta(.|s_t)) ) ] is maximised by an
+ordinary policy gradient on the reward r - alpha log pi_theta, with no entropy bonus in the loss (Soft Policy Gradient,
+arXiv 2503.11019).  A policy that is soft-optimal at a known alpha carries its reward in its log-probability, alpha log
+pi(a|s) = Q*(s,a) - V*(s), and that is what residual_ppo.py needs.  `--alpha 0 --ent-coef 0.01` is the classical PPO.
 
     python train_prior_ppo.py --env-id HalfCheetah-v4 --alpha 0.1
 """
@@ -25,11 +25,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import envpool
 import flax.linen as nn
@@ -651,11 +652,6 @@ def evaluation_table(rows: dict[str, dict[str, dict[str, np.ndarray]]], metric: 
     return table
 
 
-def summarise(results: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, list[float]]]:
-    """[mean, standard deviation] over the episodes of each column of evaluate's result."""
-    return jax.tree.map(lambda x: [round(float(x.mean()), 3), round(float(x.std()), 3)], results)
-
-
 # -------------------------------------------------------------------------------- policy files
 
 
@@ -688,7 +684,7 @@ def save_policy(path: Path, actor: Actor, policy: Policy, args: Any, alpha: floa
         "hidden_sizes": json.dumps(actor.hidden_sizes),
         "activation": "tanh",
         "alpha": str(alpha),
-        "returns": json.dumps(summarise(results)),
+        "returns": ", ".join(f"{k} {x['basic'].mean():.0f} ± {x['basic'].std():.0f}" for k, x in results.items()),
         "training": json.dumps(provenance(args), default=str),
     }
     metadata["sha256"] = policy_digest(tensors, metadata)
@@ -822,6 +818,15 @@ def create_run(args: Any) -> Path:
     except OSError as error:
         raise StopRun(f"cannot write to --runs-dir {args.runs_dir}: {error.strerror}") from None
     return run_dir
+
+
+def prepare(args: Any) -> Any:
+    """The arguments to go by, checked: with --resume those that the run was started with."""
+    # JAX's warning of os.fork() is about forks without exec, and Gymnasium's about v4 is known to who chose v4.
+    warnings.filterwarnings("ignore", message=r".*(os\.fork\(\)|is out of date)")
+    args = resume_args(args) if args.resume else args
+    check_args(args)
+    return args
 
 
 def resume_args(args: Any) -> Any:
@@ -1038,7 +1043,11 @@ def finish_run(
     if renderer:
         record_video(renderer, env, actor, args.squash, policy, run_dir / "video.mp4")
     content = {
-        name: {"summary": summarise(results), "episodes": jax.tree.map(np.ndarray.tolist, results)}
+        name: {
+            "mean": jax.tree.map(np.mean, results),
+            "std": jax.tree.map(np.std, results),
+            "episodes": jax.tree.map(np.ndarray.tolist, results),
+        }
         for name, results in rows.items()
     }
     write_atomic(run_dir / "eval.json", json.dumps(content, indent=1).encode())
@@ -1048,9 +1057,7 @@ def finish_run(
 
 def main(args: Args) -> None:
     """Train a prior and export its best snapshot."""
-    if args.resume:
-        args = resume_args(args)
-    check_args(args)
+    args = prepare(args)
     if args.alpha and args.ent_coef:
         raise StopRun("--alpha and --ent-coef together would count the entropy twice; set one of them to 0")
     export = args.export or Path("priors") / f"{args.env_id}.safetensors"
@@ -1065,14 +1072,15 @@ def main(args: Args) -> None:
     eval_env = make_env(args.env_id, args.eval_episodes, args.seed + args.num_envs)
     renderer = open_renderer(args.env_id) if args.capture_video else None
     run_dir = args.resume or create_run(args)
-    CONSOLE.print(
-        f"[bold]prior for {args.env_id}[/bold], alpha = {args.alpha:g}, on {jax.devices()[0].device_kind}, to {run_dir}"
-    )
+    CONSOLE.print(f"[bold]Prior[/bold] for {args.env_id}, {jax.devices()[0].device_kind}, run folder {run_dir}")
+    CONSOLE.print(f"weights  alpha = {args.alpha:g}, ent_coef = {args.ent_coef:g}")
+
+    def score(policy):
+        results = evaluate(eval_env, addon, actor, args.squash, policy, 1.0, args.seed)
+        return results["stochastic"]["basic"].mean(), results
 
     best_path = run_dir / "policy.safetensors"
-    best = -np.inf
-    if best_path.exists():
-        best = json.loads(load_policy(best_path, env, args)[2]["returns"])["stochastic"]["basic"][0]
+    best = score(load_policy(best_path, env, args)[1])[0] if best_path.exists() else -np.inf
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     eval_iterations = {round(num_iterations * (i + 1) / args.num_evals) for i in range(args.num_evals)}
 
@@ -1081,14 +1089,14 @@ def main(args: Args) -> None:
         if int(state.iteration) not in eval_iterations:
             return
         policy = Policy(state.params["actor"], state.obs_stats)
-        results = evaluate(eval_env, addon, actor, args.squash, policy, 1.0, args.seed)
-        if (score := results["stochastic"]["basic"].mean()) > best:
-            best = score
+        policy_score, results = score(policy)
+        if policy_score > best:
+            best = policy_score
             save_policy(best_path, actor, policy, args, args.alpha, results)
 
     loss = entropy_bonus_loss if args.ent_coef else ppo_loss
     update = partial(soft_update, actor, critic, loss, 1.0, args.alpha, args)
-    train(env, addon, actor, update, keep_best, args, state, run_dir)
+    train(env, addon, actor, update, args, state, run_dir, after=keep_best)
 
     _, policy, _ = load_policy(best_path, env, args)
     rows = {"prior": evaluate(eval_env, addon, actor, args.squash, policy, 1.0, args.seed + 1)}
