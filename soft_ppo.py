@@ -24,6 +24,7 @@ The task is the environment's own reward, or omega r + r_R with an add-on task (
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import signal
@@ -108,7 +109,7 @@ class Args:
     # PPO
     num_steps: int = 32
     """steps per environment between two updates"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """learning rate of Adam"""
     anneal_lr: bool = True
     """lower the learning rate linearly to 0 over the run"""
@@ -116,7 +117,7 @@ class Args:
     """discount"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
-    num_minibatches: int = 8
+    num_minibatches: int = 16
     """minibatches per epoch; divides num_envs * num_steps"""
     update_epochs: int = 10
     """passes over the data of an iteration"""
@@ -538,7 +539,7 @@ def rollout(
         mean, log_std = actor.apply(policy.params, normalise(state.obs, policy.obs_stats))
         return env_step(env, addon, args.squash, state, mean + jnp.exp(log_std) * noise)
 
-    key = jax.random.fold_in(jax.random.PRNGKey(args.seed), iteration)
+    key = jax.random.fold_in(jax.random.PRNGKey(args.seed), 2 * iteration)
     return lax.scan(step, state, jax.random.normal(key, (args.num_steps, args.num_envs, actor.action_dim)))
 
 
@@ -622,11 +623,12 @@ def ppo_update(
         near = True if args.target_kl is None else carry[-1].approx_kl <= args.target_kl
         return (carry[0] < args.update_epochs) & near
 
-    key = jax.random.fold_in(jax.random.PRNGKey(args.seed + 1), state.iteration)
+    key = jax.random.fold_in(jax.random.PRNGKey(args.seed), 2 * state.iteration + 1)
     carry = (0, key, state.params, state.opt_state, LossMetrics(*jnp.zeros(4)))
     *_, params, opt_state, metrics = lax.while_loop(go_on, epoch, carry)
 
-    metrics = metrics._asdict() | {"reward_scale": reward_scale, "learning_rate": jnp.asarray(learning_rate)}
+    metrics = metrics._asdict() | {"reward_scale": reward_scale, "learning_rate": jnp.float32(learning_rate)}
+    metrics["param_norm"] = optax.tree.norm(params)
     obs_stats = merge_stats(state.obs_stats, transitions.obs, transitions.valid)
     return TrainState(params, opt_state, obs_stats, return_stats, return_trace, state.iteration + 1), metrics
 
@@ -891,6 +893,8 @@ def prepare(args: Any) -> Any:
     warnings.filterwarnings("ignore", message=r".*(os\.fork\(\)|is out of date)")
     args = resume_args(args) if args.resume else args
     check_args(args)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise StopRun("--track needs Weights & Biases; install it with: pip install wandb")
     return args
 
 
@@ -1087,6 +1091,7 @@ def train(
             if interrupts:
                 raise StopRun(f"interrupted; continue with: python {sys.argv[0]} --resume {run_dir}", exit_code=130)
     finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         log.close()
     save_checkpoint(run_dir, state)
     return state
@@ -1153,3 +1158,5 @@ if __name__ == "__main__":
     except StopRun as stop:
         print(f"{Path(__file__).name}: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -19,6 +19,7 @@ pi(a|s) = Q*(s,a) - V*(s), and that is what residual_ppo.py needs.  `--alpha 0 -
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import signal
@@ -94,7 +95,7 @@ class Args:
     # PPO
     num_steps: int = 32
     """steps per environment between two updates"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """learning rate of Adam"""
     anneal_lr: bool = True
     """lower the learning rate linearly to 0 over the run"""
@@ -102,7 +103,7 @@ class Args:
     """discount"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
-    num_minibatches: int = 8
+    num_minibatches: int = 16
     """minibatches per epoch; divides num_envs * num_steps"""
     update_epochs: int = 10
     """passes over the data of an iteration"""
@@ -473,7 +474,7 @@ def rollout(
         mean, log_std = actor.apply(policy.params, normalise(state.obs, policy.obs_stats))
         return env_step(env, addon, args.squash, state, mean + jnp.exp(log_std) * noise)
 
-    key = jax.random.fold_in(jax.random.PRNGKey(args.seed), iteration)
+    key = jax.random.fold_in(jax.random.PRNGKey(args.seed), 2 * iteration)
     return lax.scan(step, state, jax.random.normal(key, (args.num_steps, args.num_envs, actor.action_dim)))
 
 
@@ -557,11 +558,12 @@ def ppo_update(
         near = True if args.target_kl is None else carry[-1].approx_kl <= args.target_kl
         return (carry[0] < args.update_epochs) & near
 
-    key = jax.random.fold_in(jax.random.PRNGKey(args.seed + 1), state.iteration)
+    key = jax.random.fold_in(jax.random.PRNGKey(args.seed), 2 * state.iteration + 1)
     carry = (0, key, state.params, state.opt_state, LossMetrics(*jnp.zeros(4)))
     *_, params, opt_state, metrics = lax.while_loop(go_on, epoch, carry)
 
-    metrics = metrics._asdict() | {"reward_scale": reward_scale, "learning_rate": jnp.asarray(learning_rate)}
+    metrics = metrics._asdict() | {"reward_scale": reward_scale, "learning_rate": jnp.float32(learning_rate)}
+    metrics["param_norm"] = optax.tree.norm(params)
     obs_stats = merge_stats(state.obs_stats, transitions.obs, transitions.valid)
     return TrainState(params, opt_state, obs_stats, return_stats, return_trace, state.iteration + 1), metrics
 
@@ -826,6 +828,8 @@ def prepare(args: Any) -> Any:
     warnings.filterwarnings("ignore", message=r".*(os\.fork\(\)|is out of date)")
     args = resume_args(args) if args.resume else args
     check_args(args)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise StopRun("--track needs Weights & Biases; install it with: pip install wandb")
     return args
 
 
@@ -1022,6 +1026,7 @@ def train(
             if interrupts:
                 raise StopRun(f"interrupted; continue with: python {sys.argv[0]} --resume {run_dir}", exit_code=130)
     finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         log.close()
     save_checkpoint(run_dir, state)
     return state
@@ -1063,6 +1068,10 @@ def main(args: Args) -> None:
     export = args.export or Path("priors") / f"{args.env_id}.safetensors"
     if not args.resume and export.exists():
         raise StopRun(f"{export} exists; move it away, or choose another file with --export")
+    try:
+        export.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StopRun(f"cannot write to {export.parent}: {error.strerror}; choose another file with --export") from None
     addon = AddonTask("", "–", no_addon)
     env = make_env(args.env_id, args.num_envs, args.seed)
     actor, critic = Actor(env.action_dim, args.hidden_sizes), Critic(args.hidden_sizes)
@@ -1101,7 +1110,6 @@ def main(args: Args) -> None:
     _, policy, _ = load_policy(best_path, env, args)
     rows = {"prior": evaluate(eval_env, addon, actor, args.squash, policy, 1.0, args.seed + 1)}
     save_policy(best_path, actor, policy, args, args.alpha, rows["prior"])
-    export.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(export, best_path.read_bytes())
     finish_run(run_dir, env, addon, actor, policy, args, rows, renderer)
     CONSOLE.print(f"the prior is {export}")
@@ -1113,3 +1121,5 @@ if __name__ == "__main__":
     except StopRun as stop:
         print(f"{Path(__file__).name}: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

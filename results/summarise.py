@@ -1,0 +1,82 @@
+"""Make results/README.md and results/customisation.png from the run folders in results/.
+
+    python results/summarise.py
+
+A run folder is what residual_ppo.py leaves (args.json, metrics.csv, eval.json), copied here.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+
+RESULTS = Path(__file__).parent
+
+
+def main() -> None:
+    """Read the runs, group them by environment and weights, and write table and picture."""
+    groups = defaultdict(list)
+    for path in sorted(RESULTS.glob("*__residual_ppo__*/eval.json")):
+        run = {
+            "info": json.loads((path.parent / "args.json").read_text()),
+            "eval": json.loads(path.read_text()),
+            "metrics": np.genfromtxt(path.parent / "metrics.csv", delimiter=",", names=True),
+        }
+        args = run["info"]["args"]
+        weights = {name: args[name] for name in ("omega", "omega_prime", "alpha_hat") if args[name] is not None}
+        groups[args["env_id"], json.dumps(weights)].append(run)
+
+    lines = ["| environment | weights | seeds | policy | objective | total | basic | add-on | metric | minutes |"]
+    lines.append("|---" * 10 + "|")
+    for (env_id, weights), runs in groups.items():
+        seeds = ", ".join(str(run["info"]["args"]["seed"]) for run in runs)
+        minutes = np.mean([run["metrics"]["elapsed_s"][-1] for run in runs]) / 60
+        shown = ", ".join(f"{name} = {value:g}" for name, value in json.loads(weights).items()) or "default"
+        for policy in ("prior", "customised"):
+            cells = []
+            for column, digits in (("objective", 0), ("total", 0), ("basic", 0), ("addon", 0), ("metric", 3)):
+                means = [run["eval"][policy]["mean"]["stochastic"][column] for run in runs]
+                cells.append(f"{np.mean(means):.{digits}f} ({min(means):.{digits}f} to {max(means):.{digits}f})")
+            time = f"{minutes:.1f}" if policy == "customised" else ""
+            lines.append(f"| {env_id} | {shown} | {seeds} | {policy} | {' | '.join(cells)} | {time} |")
+    commands = sorted(
+        {
+            f"- `{run['info']['command']}` at commit `{run['info']['git_commit']}`"
+            for runs in groups.values()
+            for run in runs
+        }
+    )
+    (RESULTS / "README.md").write_text(
+        "# Customisation results\n\nStochastic actions; mean over seeds (lowest to highest), each a mean over "
+        "its evaluation episodes. Written by `python results/summarise.py` from the run folders beside this file.\n\n"
+        + "\n".join(lines) + "\n\nCommands:\n\n" + "\n".join(commands) + "\n"
+    )  # fmt: skip
+
+    figure = matplotlib.figure.Figure(figsize=(4 * len(groups), 3.4), layout="constrained")
+    for axes, ((env_id, weights), runs) in zip(
+        figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
+    ):
+        for run in runs:
+            metrics = run["metrics"]
+            omega = json.loads(weights).get("omega", 1.0)
+            objective = omega * metrics["basic_return"] + metrics["addon_return"]
+            axes.plot(metrics["global_step"] / 1e6, objective, color="tab:blue", label="customised, while training")
+            axes.plot(
+                metrics["global_step"] / 1e6, metrics["addon_return"], color="tab:orange", label="its add-on part"
+            )
+            prior = run["eval"]["prior"]["mean"]["stochastic"]
+            axes.axhline(prior["objective"], color="tab:blue", linestyle="--", label="prior")
+            axes.axhline(prior["addon"], color="tab:orange", linestyle="--", label="its add-on part")
+        axes.set_title(f"{env_id}, ω = {omega:g}")
+        axes.set_xlabel("million environment steps")
+        axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[:4], labels[:4], fontsize="small")
+    figure.axes[0].set_ylabel("return an episode")
+    figure.savefig(RESULTS / "customisation.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Short real runs that the tests share, and ways to start the scripts."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("train_prior_ppo", "soft_ppo", "residual_ppo")
+BATCH = ("--num-envs", "8", "--num-steps", "16", "--num-minibatches", "4")
+SHORT = (*BATCH, "--total-timesteps", "1024", "--eval-episodes", "2")  # 8 iterations of 128 steps
+PENDULUM = ("--env-id", "InvertedPendulum-v4", *SHORT)
+
+
+def pytest_configure() -> None:
+    """Let all processes of this session share what they compile."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rpg-test-cache-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_unconfigure() -> None:
+    """Remove what was compiled."""
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+class Run(NamedTuple):
+    """A finished process and its run folder (None unless there is exactly one)."""
+
+    process: subprocess.CompletedProcess
+    folder: Path | None
+
+
+def start_script(name: str, *flags: object, **popen: object) -> subprocess.Popen:
+    """Start a script in a process of its own."""
+    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+
+
+def run_script(name: str, *flags: object, **popen: object) -> subprocess.CompletedProcess:
+    """Run a script to its end."""
+    process = start_script(name, *flags, **popen)
+    try:
+        stdout, stderr = process.communicate(timeout=180)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def run_in(folder: Path, name: str, *flags: object) -> Run:
+    """Run a script that succeeds, in a folder of its own."""
+    folder.mkdir()
+    process = run_script(name, *flags, "--runs-dir", folder / "runs", cwd=folder)
+    assert process.returncode == 0, process.stderr
+    (run_dir,) = (folder / "runs").iterdir()
+    return Run(process, run_dir)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv."""
+    with open(run_dir / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def wait_for_rows(process: subprocess.Popen, runs_dir: Path, count: int) -> Path:
+    """Wait until the only run in runs_dir has logged count iterations; return its folder."""
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        for path in runs_dir.glob("*/metrics.csv"):
+            if path.read_bytes().count(b"\n") > count:
+                return path.parent
+        time.sleep(0.005)
+    process.kill()
+    raise AssertionError(f"{process.args} ended or hung before iteration {count}: {process.communicate()}")
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> dict[str, Run]:
+    """A short run of each script, some of them twice: {what: Run}."""
+    folder = tmp_path_factory.mktemp("shared")
+    cheetah = ("--env-id", "HalfCheetah-v4", *SHORT)
+    with ThreadPoolExecutor(2) as pool:
+
+        def submit(what, name, *flags):
+            return pool.submit(run_in, folder / what.replace(" ", "_"), name, *flags)
+
+        export = ("--num-evals", 2, "--export", "prior.safetensors")
+        train_prior = submit("train_prior_ppo", "train_prior_ppo", *cheetah, *export)
+        soft = submit("soft_ppo", "soft_ppo", *PENDULUM)
+        prior = train_prior.result().folder.parents[1] / "prior.safetensors"
+        soft_policy = soft.result().folder / "policy.safetensors"
+        jobs = {
+            "train_prior_ppo": train_prior,
+            "soft_ppo": soft,
+            "residual_ppo": submit("residual_ppo", "residual_ppo", *cheetah, "--prior", prior),
+            "soft_ppo again": submit("soft_ppo again", "soft_ppo", *PENDULUM),
+            "soft_ppo seed 2": submit("soft_ppo seed 2", "soft_ppo", *PENDULUM, "--seed", 2),
+            "residual_ppo from scratch": submit(
+                "residual_ppo from scratch", "residual_ppo", *PENDULUM, "--addon", "none", "--prior", soft_policy,
+                "--no-init-from-prior",
+            ),
+        }  # fmt: skip
+        return {what: job.result() for what, job in jobs.items()}
+
+
+@pytest.fixture(scope="session")
+def prior(runs) -> Path:
+    """The policy file of a barely trained prior for HalfCheetah-v4, alpha 0.1."""
+    return runs["train_prior_ppo"].folder.parents[1] / "prior.safetensors"
+
+
+@pytest.fixture(scope="session")
+def pendulum_prior(runs) -> Path:
+    """A policy file of soft_ppo for InvertedPendulum-v4."""
+    return runs["soft_ppo"].folder / "policy.safetensors"
+
+
+@pytest.fixture(scope="session")
+def learning_runs(tmp_path_factory, prior) -> dict[str, Run]:
+    """A run of soft_ppo and one of residual_ppo that are long enough to learn."""
+    folder = tmp_path_factory.mktemp("learning")
+    common = ("--num-envs", 16, "--learning-rate", 1e-3, "--eval-episodes", 8)
+    soft = ("--env-id", "InvertedPendulum-v4", "--num-steps", 32, "--num-minibatches", 4, "--total-timesteps", 40_000)
+    residual = ("--prior", prior, "--omega", 0.1, "--addon-coef", 3, "--num-steps", 64, "--total-timesteps", 30_000)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {
+            "soft_ppo": pool.submit(run_in, folder / "soft", "soft_ppo", *soft, *common),
+            "residual_ppo": pool.submit(run_in, folder / "residual", "residual_ppo", *residual, *common),
+        }
+        return {what: job.result() for what, job in jobs.items()}

@@ -1,0 +1,451 @@
+"""Bad input, damaged files, kills, interrupts and divergence end as documented, and leave nothing broken behind."""
+
+import functools
+import importlib
+import itertools
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import flax.serialization
+import jax
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import tyro
+from conftest import PENDULUM, SCRIPTS, SHORT, read_metrics, run_script, start_script, wait_for_rows
+
+import residual_ppo
+
+LONG = (*PENDULUM, "--total-timesteps", 128 * 150, "--checkpoint-interval", 0)
+
+
+def stop_message(script, *flags, exit_code=2):
+    """The message with which a script's main, called in this process, stops."""
+    module = importlib.import_module(script)
+    with pytest.raises(module.StopRun) as stop:
+        module.main(tyro.cli(module.Args, args=[str(flag) for flag in flags]))
+    assert stop.value.exit_code == exit_code
+    message = str(stop.value)
+    assert len(message) > 10
+    assert "\n" not in message
+    return message
+
+
+def files(folder):
+    """All that is in a folder, with contents."""
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def read_policy(path):
+    """Tensors and metadata of a policy file."""
+    with safetensors.safe_open(path, "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def write_policy(path, source, **metadata):
+    """Write source's policy as if by hand, without its digest and with other metadata (None: leave it out)."""
+    tensors, before = read_policy(source)
+    metadata = before | {"sha256": None} | metadata
+    safetensors.numpy.save_file(tensors, path, {name: text for name, text in metadata.items() if text is not None})
+    return path
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, prior):
+    """An empty working directory beside a folder of good and bad input files."""
+    inputs, work = tmp_path / "inputs", tmp_path / "work"
+    inputs.mkdir()
+    work.mkdir()
+    (inputs / "good.safetensors").write_bytes(prior.read_bytes())
+    (inputs / "half.safetensors").write_bytes(prior.read_bytes()[: prior.stat().st_size // 2])
+    (inputs / "empty.safetensors").write_bytes(b"")
+    write_policy(inputs / "plain.safetensors", prior, squash="false")
+    write_policy(inputs / "no_alpha.safetensors", prior, alpha=None)
+    write_policy(inputs / "alpha_0.safetensors", prior, alpha="0.0")
+    (inputs / "file").write_text("in the way")
+    (inputs / "folder").mkdir()
+    monkeypatch.chdir(work)
+    return tmp_path
+
+
+GOOD = ("--prior", "../inputs/good.safetensors")
+BAD_INPUT = {
+    "unknown env": ("soft_ppo", ("--env-id", "Unicorn-v4"), "Unicorn-v4.*HalfCheetah-v4"),
+    "Atari env": ("soft_ppo", ("--env-id", "Pong-v5"), "Pong-v5"),
+    "dm_control env": ("train_prior_ppo", ("--env-id", "CheetahRun-v1"), "CheetahRun-v1"),
+    "Gymnasium's v3": ("residual_ppo", ("--env-id", "HalfCheetah-v3"), "HalfCheetah-v3"),
+    "default prior missing": ("residual_ppo", (), r"priors/HalfCheetah-v4\.safetensors.*train_prior_ppo"),
+    "prior missing": ("residual_ppo", ("--prior", "gone.safetensors"), "gone.safetensors"),
+    "prior is a folder": ("residual_ppo", ("--prior", "../inputs/folder"), "inputs/folder"),
+    "prior cut in half": ("residual_ppo", ("--prior", "../inputs/half.safetensors"), "half.safetensors"),
+    "prior empty": ("residual_ppo", ("--prior", "../inputs/empty.safetensors"), "empty.safetensors"),
+    "prior of another env": ("residual_ppo", (*GOOD, "--env-id", "Walker2d-v4"), "HalfCheetah-v4.*Walker2d-v4"),
+    "prior squashed, policy not": ("residual_ppo", (*GOOD, "--no-squash"), "squash"),
+    "policy squashed, prior not": ("residual_ppo", ("--prior", "../inputs/plain.safetensors"), "--no-squash"),
+    "prior without alpha": ("residual_ppo", ("--prior", "../inputs/no_alpha.safetensors"), "alpha.*--omega-prime"),
+    "prior with alpha 0": ("residual_ppo", ("--prior", "../inputs/alpha_0.safetensors"), "alpha.*--omega-prime"),
+    "alpha 0, only omega-prime": (
+        "residual_ppo", ("--prior", "../inputs/alpha_0.safetensors", "--omega-prime", 0.1), "--alpha-hat",
+    ),
+    "omega and omega-prime": ("residual_ppo", (*GOOD, "--omega", 1, "--omega-prime", 0.1), "--omega .*--omega-prime"),
+    "hidden sizes not the prior's": ("residual_ppo", (*GOOD, "--hidden-sizes", 32, 32), "--no-init-from-prior"),
+    "add-on unknown": ("residual_ppo", (*GOOD, "--addon", "fly"), "fly.*half-cheetah-front-foot"),
+    "add-on of another env": ("residual_ppo", (*GOOD, "--addon", "ant-right"), "ant-right.*HalfCheetah-v4"),
+    "env without add-on": ("residual_ppo", ("--env-id", "Reacher-v4"), "Reacher-v4"),
+    "soft add-on of another env": ("soft_ppo", ("--addon", "ant-right"), "ant-right.*HalfCheetah-v4"),
+    "batch does not split": ("soft_ppo", ("--num-envs", 3, "--num-steps", 5), "--num-minibatches"),
+    "budget below an iteration": ("soft_ppo", ("--total-timesteps", 100), "--total-timesteps"),
+    "budget 0": ("soft_ppo", ("--total-timesteps", 0), "--total-timesteps"),
+    "no envs": ("soft_ppo", ("--num-envs", 0), "--num-envs"),
+    "negative envs": ("soft_ppo", ("--num-envs", -8), "--num-envs"),
+    "no steps": ("soft_ppo", ("--num-steps", 0), "--num-steps"),
+    "no minibatches": ("soft_ppo", ("--num-minibatches", 0), "--num-minibatches"),
+    "no epochs": ("soft_ppo", ("--update-epochs", 0), "--update-epochs"),
+    "no evaluation": ("soft_ppo", ("--eval-episodes", 0), "--eval-episodes"),
+    "no snapshots": ("train_prior_ppo", ("--num-evals", 0), "--num-evals"),
+    "layer of no width": ("soft_ppo", ("--hidden-sizes", 64, 0), "--hidden-sizes"),
+    "negative alpha": ("soft_ppo", ("--alpha", -0.1), "--alpha"),
+    "negative alpha of a prior": ("train_prior_ppo", ("--alpha", -0.1), "--alpha"),
+    "negative alpha-hat": ("residual_ppo", (*GOOD, "--alpha-hat", -1), "--alpha-hat"),
+    "negative omega": ("residual_ppo", (*GOOD, "--omega", -1), "--omega"),
+    "negative omega-prime": ("residual_ppo", (*GOOD, "--omega-prime", -1), "--omega-prime"),
+    "negative seed": ("soft_ppo", ("--seed", -1), "--seed"),
+    "seed too large": ("soft_ppo", ("--seed", 2**40), "--seed"),
+    "learning rate NaN": ("soft_ppo", ("--learning-rate", "nan"), "--learning-rate"),
+    "learning rate infinite": ("soft_ppo", ("--learning-rate", "inf"), "--learning-rate"),
+    "learning rate 0": ("soft_ppo", ("--learning-rate", 0), "--learning-rate"),
+    "add-on coefficient NaN": ("residual_ppo", (*GOOD, "--addon-coef", "nan"), "--addon-coef"),
+    "gamma above 1": ("soft_ppo", ("--gamma", 1.1), "--gamma"),
+    "alpha and ent-coef": ("train_prior_ppo", ("--alpha", 0.1, "--ent-coef", 0.01), "--alpha.*--ent-coef"),
+    "export exists": ("train_prior_ppo", ("--export", "../inputs/good.safetensors"), "good.safetensors"),
+    "export below a file": ("train_prior_ppo", ("--export", "../inputs/file/prior.safetensors"), "inputs/file"),
+    "export is a folder": ("train_prior_ppo", ("--export", "../inputs/folder"), "inputs/folder"),
+    "runs dir is a file": ("soft_ppo", ("--runs-dir", "../inputs/file"), "inputs/file"),
+    "runs dir below a file": ("soft_ppo", ("--runs-dir", "../inputs/file/runs"), "inputs/file"),
+    "resume with a flag": ("soft_ppo", ("--resume", "../inputs/folder", "--seed", 3), "--resume"),
+    "resume nothing": ("soft_ppo", ("--resume", "gone"), "gone"),
+    "resume no run": ("soft_ppo", ("--resume", "../inputs/folder"), "inputs/folder"),
+    "resume a file": ("soft_ppo", ("--resume", "../inputs/file"), "inputs/file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_with_one_line_and_creates_nothing(case, workplace):
+    script, flags, pattern = BAD_INPUT[case]
+    short = () if "--resume" in flags else SHORT
+    # The case's flags come last, and the last of a flag's values counts.
+    before = files(workplace)
+    message = stop_message(script, *short, *flags)
+    assert re.search(pattern, message), message
+    assert files(workplace) == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flag_that_does_not_exist_ends_with_exit_code_2(script, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(module.Args, args=["--learning-rat", "1"])
+    assert stop.value.code == 2
+    assert "--learning-rate" in capsys.readouterr().err
+
+
+def test_processes_that_fail_print_one_line_and_exit_with_2(workplace):
+    commands = {
+        "Unicorn-v4": ("soft_ppo", "--env-id", "Unicorn-v4"),
+        "half.safetensors": ("residual_ppo", "--prior", "../inputs/half.safetensors"),
+        "inputs/file": ("soft_ppo", *PENDULUM, "--runs-dir", "../inputs/file"),
+        "good.safetensors": ("train_prior_ppo", "--export", "../inputs/good.safetensors"),
+    }
+    before = files(workplace)
+    with ThreadPoolExecutor(2) as pool:
+        processes = dict(zip(commands, pool.map(lambda command: run_script(*command), commands.values()), strict=True))
+    for word, process in processes.items():
+        assert process.returncode == 2
+        assert process.stdout == ""
+        assert process.stderr.count("\n") == 1
+        assert process.stderr.startswith(f"{commands[word][0]}.py: ")
+        assert word in process.stderr
+    assert files(workplace) == before
+
+
+# ---------------------------------------------------------------------------------- damaged priors
+
+
+def as_if_by_hand(change):
+    """A corruption that changes tensors or metadata of a file without digest."""
+
+    @functools.wraps(change)
+    def corrupt(rng, data, tensors, metadata):
+        tensors, metadata = dict(tensors), {name: text for name, text in metadata.items() if name != "sha256"}
+        change(rng, tensors, metadata)
+        return safetensors.numpy.save(tensors, metadata)
+
+    return corrupt
+
+
+def truncate(rng, data, tensors, metadata):
+    return data[: rng.integers(len(data))]
+
+
+def flip_bits(rng, data, tensors, metadata):
+    data = bytearray(data)
+    for position in rng.choice(len(data), rng.integers(1, 9), replace=False):
+        data[position] ^= 1 << rng.integers(8)
+    return bytes(data)
+
+
+def flip_bits_of_the_header(rng, data, tensors, metadata):
+    header = 8 + int.from_bytes(data[:8], "little")
+    return flip_bits(rng, data[:header], tensors, metadata) + data[header:]
+
+
+def append(rng, data, tensors, metadata):
+    return data + rng.bytes(rng.integers(1, 100))
+
+
+def replace_by_noise(rng, data, tensors, metadata):
+    return rng.bytes(rng.integers(10_000))
+
+
+@as_if_by_hand
+def wrong_shape(rng, tensors, metadata):
+    name = rng.choice(sorted(tensors))
+    shape = list(tensors[name].shape)
+    shape[rng.integers(len(shape))] += rng.choice([-1, 1, 5])
+    tensors[name] = np.ones(shape, np.float32)
+
+
+@as_if_by_hand
+def not_finite(rng, tensors, metadata):
+    name = rng.choice(sorted(tensors))
+    tensors[name] = tensors[name].copy()
+    tensors[name].flat[rng.integers(tensors[name].size)] = rng.choice([np.nan, np.inf, -np.inf])
+
+
+@as_if_by_hand
+def negative_variance(rng, tensors, metadata):
+    tensors["obs_var"] = tensors["obs_var"].copy()
+    tensors["obs_var"][rng.integers(17)] = -rng.exponential()
+
+
+@as_if_by_hand
+def wrong_dtype(rng, tensors, metadata):
+    name = rng.choice(sorted(tensors))
+    tensors[name] = tensors[name].astype(rng.choice(["float16", "float64", "int32", "int64", "uint8", "bool"]))
+
+
+@as_if_by_hand
+def wrong_tensors(rng, tensors, metadata):
+    name = rng.choice(sorted(tensors))
+    array = tensors[name] if rng.random() < 0.3 else tensors.pop(name)
+    if rng.random() < 0.7:
+        tensors[f"{name}.{rng.integers(10)}"] = array
+    elif name in tensors:
+        del tensors[name]
+
+
+@as_if_by_hand
+def missing_metadata(rng, tensors, metadata):
+    del metadata[rng.choice(["env_id", "squash", "hidden_sizes", "activation"])]
+
+
+WRONG_METADATA = {
+    "env_id": ("", "Walker2d-v4", "halfcheetah-v4", "HalfCheetah"),
+    "squash": ("", "True", "1", "false"),
+    "hidden_sizes": ("", "64", "[64]", "[64, 64", "[64, -64]", "[64.0, 64.0]", '["64", "64"]', "[[64], 64]", "null"),
+    "activation": ("", "relu", "Tanh"),
+    "alpha": ("", "nan", "inf", "-0.1", "0,1", "none"),
+    "surprise": ("1",),
+}
+wrong_entries = itertools.cycle((name, value) for name, values in WRONG_METADATA.items() for value in values)
+
+
+@as_if_by_hand
+def wrong_metadata(rng, tensors, metadata):
+    name, value = next(wrong_entries)
+    metadata[name] = value
+
+
+CORRUPTIONS = (
+    truncate, flip_bits, flip_bits_of_the_header, append, replace_by_noise, wrong_shape, not_finite, negative_variance,
+    wrong_dtype, wrong_tensors, missing_metadata, wrong_metadata,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda corruption: corruption.__name__)
+def test_corrupt_priors_are_all_refused(corruption, prior, tmp_path):
+    rng = np.random.default_rng(CORRUPTIONS.index(corruption))
+    data, (tensors, metadata) = prior.read_bytes(), read_policy(prior)
+    env = residual_ppo.make_env("HalfCheetah-v4", 1, 0)
+    args = residual_ppo.Args(env_id="HalfCheetah-v4")
+    path = tmp_path / "prior.safetensors"
+    path.write_bytes(data)
+    residual_ppo.load_policy(path, env, args)
+    for i in range(42):  # times 12 corruptions, some 500 files
+        corrupt = corruption(rng, data, tensors, metadata)
+        assert corrupt != data
+        path.write_bytes(corrupt)
+        try:
+            residual_ppo.load_policy(path, env, args)
+        except residual_ppo.StopRun as stop:
+            assert stop.exit_code == 2
+            assert "\n" not in str(stop)
+            continue
+        except Exception as error:
+            pytest.fail(f"file {i} raised {error!r}")
+        pytest.fail(f"file {i} was accepted: {read_policy(path)[1]}")
+
+
+# -------------------------------------------------------------------------------- resuming, refused
+
+
+@pytest.fixture
+def unfinished(runs, tmp_path):
+    """A copy of a short run of soft_ppo without its evaluation, as if killed at the end."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for name in ("args.json", "metrics.csv", "checkpoint.msgpack"):
+        (run_dir / name).write_bytes((runs["soft_ppo"].folder / name).read_bytes())
+    return run_dir
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resuming_a_completed_run_is_refused(script, runs):
+    before = files(runs[script].folder)
+    assert "complete" in stop_message(script, "--resume", runs[script].folder)
+    assert files(runs[script].folder) == before
+
+
+@pytest.mark.parametrize("script", ["train_prior_ppo", "residual_ppo"])
+def test_resuming_with_another_script_is_refused(script, unfinished):
+    assert f"{script}.py" in stop_message(script, "--resume", unfinished)
+
+
+BROKEN_ARGS = (b"", b'{"args": {"seed"', b"{}", b"[]", b'{"args": []}', b'{"args": {"speed": 1}}', b"\xff")
+
+
+@pytest.mark.parametrize("content", BROKEN_ARGS)
+def test_resuming_with_damaged_args_is_refused(content, unfinished):
+    (unfinished / "args.json").write_bytes(content)
+    before = files(unfinished)
+    assert str(unfinished) in stop_message("soft_ppo", "--resume", unfinished)
+    assert files(unfinished) == before
+
+
+def test_resuming_with_a_damaged_checkpoint_is_refused(unfinished, runs):
+    data = (unfinished / "checkpoint.msgpack").read_bytes()
+    other = (runs["train_prior_ppo"].folder / "checkpoint.msgpack").read_bytes()
+    rng = np.random.default_rng(0)
+    cut = [data[: rng.integers(len(data))] for _ in range(5)]
+    damaged = [b"", data[:1], data[:-1], data + b"x", other, rng.bytes(1000), *cut]
+    for content in damaged:
+        (unfinished / "checkpoint.msgpack").write_bytes(content)
+        before = files(unfinished)
+        assert "checkpoint" in stop_message("soft_ppo", "--resume", unfinished)
+        assert files(unfinished) == before
+
+
+def test_run_killed_before_its_first_checkpoint_is_not_resumed(unfinished):
+    (unfinished / "checkpoint.msgpack").unlink()
+    (unfinished / "metrics.csv").unlink()
+    assert "start a new run" in stop_message("soft_ppo", "--resume", unfinished)
+    assert [path.name for path in unfinished.iterdir()] == ["args.json"]
+
+
+# ------------------------------------------------------------------------- kills, interrupts, NaN
+
+
+def iteration_of(run_dir):
+    """The iteration of a run's checkpoint."""
+    return int(flax.serialization.msgpack_restore((run_dir / "checkpoint.msgpack").read_bytes())["iteration"])
+
+
+def assert_complete(run_dir, iterations):
+    """The run has its evaluation and policy, and each iteration once in metrics.csv."""
+    assert [int(row["global_step"]) for row in read_metrics(run_dir)] == [128 * i for i in range(1, iterations + 1)]
+    assert iteration_of(run_dir) == iterations
+    assert (run_dir / "eval.json").exists()
+    assert (run_dir / "learning_curve.png").exists()
+    assert all(np.isfinite(array).all() for array in read_policy(run_dir / "policy.safetensors")[0].values())
+
+
+def kill(process):
+    """kill -9"""
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_run_killed_during_start_up_leaves_nothing_to_resume(tmp_path):
+    process = start_script("soft_ppo", *LONG, "--runs-dir", tmp_path / "runs", cwd=tmp_path)
+    try:
+        process.wait(0.3)
+    except subprocess.TimeoutExpired:
+        kill(process)
+    assert list(tmp_path.iterdir()) == []
+    assert "runs" in stop_message("soft_ppo", "--resume", tmp_path / "runs")
+
+
+def test_run_killed_twice_is_resumed_and_completes(tmp_path):
+    export = tmp_path / "prior.safetensors"
+    flags = (*LONG, "--num-evals", 5, "--export", export, "--runs-dir", tmp_path / "runs")
+    process = start_script("train_prior_ppo", *flags, cwd=tmp_path)
+    run_dir = wait_for_rows(process, tmp_path / "runs", 3)
+    kill(process)
+    early, rows = iteration_of(run_dir), read_metrics(run_dir)
+    assert 2 <= early < 150
+
+    process = start_script("train_prior_ppo", "--resume", run_dir, cwd=tmp_path)
+    wait_for_rows(process, tmp_path / "runs", max(60, early + 10))
+    kill(process)
+    middle = iteration_of(run_dir)
+    assert early < middle < 150
+    assert not (run_dir / "eval.json").exists()
+    assert read_metrics(run_dir)[:early] == rows[:early]
+
+    process = run_script("train_prior_ppo", "--resume", run_dir, cwd=tmp_path)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert_complete(run_dir, 150)
+    assert read_metrics(run_dir)[:early] == rows[:early]
+    elapsed = [float(row["elapsed_s"]) for row in read_metrics(run_dir)]
+    assert elapsed == sorted(elapsed)
+    assert export.read_bytes() == (run_dir / "policy.safetensors").read_bytes()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_run_interrupted_by_ctrl_c_tells_how_to_resume_and_does(tmp_path, pendulum_prior):
+    flags = (*PENDULUM, "--addon", "none", "--prior", pendulum_prior, "--total-timesteps", 128 * 150)
+    process = start_script("residual_ppo", *flags, "--runs-dir", "runs", cwd=tmp_path, start_new_session=True)
+    run_dir = wait_for_rows(process, tmp_path / "runs", 5)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.count("\n") == 1
+    assert "Traceback" not in stderr
+    done = iteration_of(run_dir)
+    assert 5 <= done < 150
+    assert len(read_metrics(run_dir)) == done
+
+    command = shlex.split(stderr[stderr.index("python ") :])
+    assert command[0] == "python"
+    resumed = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert_complete(run_dir, 150)
+
+
+def test_run_that_diverges_stops_with_its_last_finite_state(tmp_path):
+    process = run_script("soft_ppo", *PENDULUM, "--learning-rate", 1e30, "--runs-dir", tmp_path / "runs", cwd=tmp_path)
+    assert process.returncode == 1
+    assert process.stderr.count("\n") == 1
+    assert "finite" in process.stderr
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert str(run_dir) in process.stderr
+    assert not (run_dir / "eval.json").exists()
+    assert not (run_dir / "policy.safetensors").exists()
+    state = flax.serialization.msgpack_restore((run_dir / "checkpoint.msgpack").read_bytes())
+    assert all(np.isfinite(array).all() for array in jax.tree.leaves(state))
