@@ -110,7 +110,7 @@ class Args:
     # PPO
     num_steps: int = 32
     """steps per environment between two updates"""
-    learning_rate: float = 5e-4
+    learning_rate: float = 7e-4
     """learning rate of Adam"""
     anneal_lr: bool = True
     """lower the learning rate linearly to 0 over the run"""
@@ -120,7 +120,7 @@ class Args:
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 16
     """minibatches per epoch; divides num_envs * num_steps"""
-    update_epochs: int = 10
+    update_epochs: int = 5
     """passes over the data of an iteration"""
     norm_adv: bool = True
     """normalise the advantages in each minibatch"""
