@@ -728,6 +728,8 @@ def parse_policy(tensors: dict, metadata: dict[str, str], env: Env, args: Any) -
     if not 0 <= float(metadata.get("alpha", 0)) < np.inf:
         raise ValueError(f"its alpha is {metadata['alpha']}, which is no temperature")
     hidden_sizes = tuple(json.loads(metadata["hidden_sizes"]))
+    if not all(type(size) is int and size > 0 for size in hidden_sizes):
+        raise ValueError(f"its hidden_sizes are {metadata['hidden_sizes']}, not a list of widths")
     widths = (env.obs_dim, *hidden_sizes, env.action_dim)
     shapes = {"actor_logstd": widths[-1:], "obs_mean": widths[:1], "obs_var": widths[:1]}
     for i in range(len(widths) - 1):
@@ -798,7 +800,9 @@ def check_args(args: Any) -> None:
 
 def provenance(args: Any) -> dict[str, Any]:
     """The arguments, and what else results depend on."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     packages = ("jax", "flax", "optax", "envpool", "gymnasium", "mujoco", "numpy")
     return {
         "command": " ".join(sys.argv),
@@ -842,7 +846,8 @@ def resume_args(args: Any) -> Any:
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         paths = {name: Path(saved[name]) for name in ("runs_dir", "prior", "export") if saved.get(name)}
         resumed = type(args)(**(saved | paths | {"resume": args.resume}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        check_args(resumed)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StopRun(f"{args.resume} holds no run of {Path(__file__).name} to resume: {error}") from None
     if (args.resume / "eval.json").exists():
         raise StopRun(f"the run {args.resume} is complete; start a new one")
@@ -858,8 +863,8 @@ def load_checkpoint(run_dir: Path, template: TrainState) -> TrainState:
     """Read a run's state, shaped like the template; StopRun if that fails."""
     try:
         state = flax.serialization.from_bytes(template, (run_dir / "checkpoint.msgpack").read_bytes())
-        if jax.tree.map(np.shape, state) != jax.tree.map(np.shape, template):
-            raise ValueError("its arrays have other shapes")
+        if jax.tree.map(jax.typeof, state) != jax.tree.map(jax.typeof, template):
+            raise ValueError("its arrays have other shapes or types")
     except Exception as error:  # a damaged file can fail in any way
         raise StopRun(f"the checkpoint in {run_dir} cannot be used: {error}; start a new run") from None
     return jax.tree.map(jnp.asarray, state)
@@ -871,7 +876,7 @@ class RunLog:
     def __init__(self, run_dir: Path, args: Any, global_step: int):
         """Go on from global_step; rows that an interrupted run wrote after its checkpoint are dropped."""
         path = run_dir / "metrics.csv"
-        rows = [line.split(",") for line in path.read_text().splitlines()] if global_step else []
+        rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
         rows = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= global_step]
         write_atomic(path, "".join(",".join(row) + "\n" for row in rows).encode())
         self.csv = path.open("a", buffering=1)
@@ -1068,10 +1073,9 @@ def main(args: Args) -> None:
     export = args.export or Path("priors") / f"{args.env_id}.safetensors"
     if not args.resume and export.exists():
         raise StopRun(f"{export} exists; move it away, or choose another file with --export")
-    try:
-        export.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StopRun(f"cannot write to {export.parent}: {error.strerror}; choose another file with --export") from None
+    folder = next(parent for parent in export.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise StopRun(f"cannot write to {export.parent}; choose another file with --export")
     addon = AddonTask("", "–", no_addon)
     env = make_env(args.env_id, args.num_envs, args.seed)
     actor, critic = Actor(env.action_dim, args.hidden_sizes), Critic(args.hidden_sizes)
@@ -1110,6 +1114,7 @@ def main(args: Args) -> None:
     _, policy, _ = load_policy(best_path, env, args)
     rows = {"prior": evaluate(eval_env, addon, actor, args.squash, policy, 1.0, args.seed + 1)}
     save_policy(best_path, actor, policy, args, args.alpha, rows["prior"])
+    export.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(export, best_path.read_bytes())
     finish_run(run_dir, env, addon, actor, policy, args, rows, renderer)
     CONSOLE.print(f"the prior is {export}")

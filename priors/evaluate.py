@@ -3,10 +3,11 @@
 python priors/evaluate.py --episodes 50
 """
 
+import datetime
 import json
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import gymnasium
@@ -17,6 +18,7 @@ import tyro
 PRIORS = Path(__file__).parent
 sys.path.insert(0, str(PRIORS.parent))
 import residual_ppo as rpg  # noqa: E402
+import train_prior_ppo  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,18 @@ def gymnasium_returns(env_id, actor, policy, squash, noise_scale, episodes, seed
     return returns
 
 
+def training_command(training):
+    """The command that trains such a prior with today's defaults, from the arguments that a policy file records."""
+    defaults = json.loads(json.dumps(asdict(train_prior_ppo.Args()), default=str))
+    ignored = ("export", "runs_dir", "progress", "eval_episodes", "checkpoint_interval")
+    flags = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in training["args"].items()
+        if name == "env_id" or (name not in ignored and value != defaults.get(name, value))
+    ]
+    return f"python train_prior_ppo.py {' '.join(flags)}"
+
+
 def mean_and_interval(x):
     """Mean and its 95 % confidence interval."""
     return f"{x.mean():.0f} ± {1.96 * x.std(ddof=1) / len(x) ** 0.5:.0f}"
@@ -66,9 +80,9 @@ def main(args: Args) -> None:
             cells = [mean_and_interval(columns[name]) for name in ("basic", "length", "addon", "total")]
             rows.append([env_id, info["alpha"], actions, cells[0], mean_and_interval(other), *cells[1:]])
             print(" | ".join(rows[-1]), flush=True)
-        used = training["args"]
+        steps = training["args"]["total_timesteps"]
         recipes.append(
-            f"- {env_id}: `{training['command']}`, {used['total_timesteps']:,} steps, commit `{training['git_commit']}`"
+            f"- {env_id}: `{training_command(training)}`, {steps:,} steps, commit `{training['git_commit'][:7]}`"
         )
     header = [
         "prior",
@@ -84,7 +98,8 @@ def main(args: Args) -> None:
     text = (PRIORS / "README.md").read_text()
     start, end = "<!-- evaluate.py writes from here -->\n", "<!-- to here -->"
     before, after = text.partition(start)[0], text.partition(end)[2]
-    note = f"`python priors/evaluate.py --episodes {args.episodes}`; mean ± 95 % confidence interval of the mean."
+    made = f"`python priors/evaluate.py --episodes {args.episodes}`, {datetime.date.today()}"
+    note = f"{made}: {args.episodes} episodes a row, mean ± 95 % confidence interval of the mean."
     recipe = "\n".join(recipes)
     (PRIORS / "README.md").write_text(
         f"{before}{start}{note}\n\n{table}\n\nHow they were made:\n\n{recipe}\n{end}{after}"
