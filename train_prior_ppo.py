@@ -891,8 +891,10 @@ class RunLog:
         self.elapsed_before = float(rows[-1][1]) if len(rows) > 1 else 0.0
         self.compile_time = self.next_report = 0.0
         self.live = args.progress and CONSOLE.is_terminal
-        columns = (rich.progress.BarColumn(20), rich.progress.TaskProgressColumn(), rich.progress.TimeRemainingColumn())
-        self.bar = rich.progress.Progress(*columns, rich.progress.TextColumn("{task.description}"), console=CONSOLE)
+        columns = ["{task.percentage:3.0f}%", rich.progress.TimeRemainingColumn(compact=True), "{task.description}"]
+        if CONSOLE.width >= 100:
+            columns.insert(0, rich.progress.BarColumn(20))
+        self.bar = rich.progress.Progress(*columns, console=CONSOLE)
         self.task = self.bar.add_task("compiling", total=self.total, completed=global_step)
         if self.live:
             self.bar.start()
@@ -928,9 +930,10 @@ class RunLog:
             self.tensorboard.add_scalar(name, value, global_step)
         if self.wandb:
             self.wandb.log(metrics, step=global_step)
-        shown = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy")
-        values = [f"{name.removesuffix('_return')} {metrics[name]:.4g}" for name in shown if name in metrics]
-        text = "  ".join([f"{speed:,.0f} steps/s", *values])
+        shown = {"basic_return": "basic", "addon_return": "add-on", "total_return": "total"}
+        shown |= {"kl_to_prior": "KL", "entropy": "entropy"}
+        values = [f"{label} {metrics[name]:.4g}" for name, label in shown.items() if name in metrics]
+        text = " ".join([f"{speed:,.0f} steps/s", *values])
         if self.live:
             self.bar.update(self.task, completed=global_step, description=text)
         else:
