@@ -6,12 +6,13 @@ from functools import partial
 
 import flax.serialization
 import gymnasium
+import imageio.v3
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import SCRIPTS, read_metrics
+from conftest import PENDULUM, SCRIPTS, read_metrics, run_script
 from tensorboardX.proto.event_pb2 import Event
 
 import residual_ppo
@@ -99,6 +100,19 @@ def test_learning_curve_is_a_picture(runs, name):
     data = (runs[name].folder / "learning_curve.png").read_bytes()
     assert data.startswith(b"\x89PNG")
     assert len(data) > 5000
+
+
+def test_video_shows_an_episode_or_names_the_missing_package(tmp_path):
+    flags = (*PENDULUM, "--runs-dir", tmp_path / "runs", "--capture-video")
+    process = run_script("soft_ppo", *flags)
+    if process.returncode == 2:  # a machine without a renderer
+        assert "libegl1" in process.stderr
+        assert not (tmp_path / "runs").exists()
+    else:
+        (path,) = tmp_path.glob("runs/*/video.mp4")
+        frames = imageio.v3.imread(path)  # (frames, height, width, 3)
+        assert frames.shape[0] > 3
+        assert frames.std() > 1
 
 
 @pytest.mark.parametrize(
