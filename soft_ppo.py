@@ -879,13 +879,16 @@ def provenance(args: Any) -> dict[str, Any]:
 
 
 def create_run(args: Any) -> Path:
-    """Create the run's folder with args.json; StopRun if it exists or cannot be written."""
-    run_dir = args.runs_dir / f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    """Create the run's folder, never one that exists, with args.json; StopRun if it cannot be written."""
     try:
-        run_dir.mkdir(parents=True)
+        while True:
+            run_dir = args.runs_dir / f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+            try:
+                run_dir.mkdir(parents=True)
+                break
+            except FileExistsError:  # another run began in this second
+                time.sleep(1)
         write_atomic(run_dir / "args.json", json.dumps(provenance(args), indent=2, default=str).encode())
-    except FileExistsError as error:
-        raise StopRun(f"{error.filename} exists already; choose another --seed or --runs-dir") from None
     except OSError as error:
         raise StopRun(f"cannot write to --runs-dir {args.runs_dir}: {error.strerror}") from None
     return run_dir
