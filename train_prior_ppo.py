@@ -588,6 +588,8 @@ def soft_update(
     return new_state, {"entropy": -masked_mean(log_prob, transitions.valid)} | metrics
 
 
+# This was the algorithm. From here on: evaluation, files, logs, and the loop that calls it all.
+
 # ---------------------------------------------------------------------------------- evaluation
 
 
@@ -1016,8 +1018,14 @@ def train(
     save_checkpoint(run_dir, state)
     saved_at = time.time()
     log = RunLog(run_dir, args, int(state.iteration) * batch_size)
-    interrupts = []  # the first Ctrl-C ends the run after the iteration under way, a second one at once
-    signal.signal(signal.SIGINT, lambda *_: (interrupts.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    interrupted = False
+
+    def interrupt(*_):  # the first Ctrl-C ends the run after the iteration under way, a second one at once
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         for iteration in range(int(state.iteration), args.total_timesteps // batch_size):
             policy = jax.device_put(Policy(state.params["actor"], state.obs_stats), cpu)
@@ -1031,10 +1039,10 @@ def train(
             state = new_state
             log.write((iteration + 1) * batch_size, episode_metrics(env_state.finished) | metrics)
             after(state)
-            if interrupts or time.time() - saved_at >= args.checkpoint_interval:
+            if interrupted or time.time() - saved_at >= args.checkpoint_interval:
                 save_checkpoint(run_dir, state)
                 saved_at = time.time()
-            if interrupts:
+            if interrupted:
                 raise StopRun(f"interrupted; continue with: python {sys.argv[0]} --resume {run_dir}", exit_code=130)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1045,8 +1053,8 @@ def train(
 
 def episode_metrics(finished: EpisodeSums) -> dict[str, float]:
     """Means over the environments' last episodes; NaN before there is one."""
-    count = max(np.sum(~np.isnan(finished.length)), 1e-9)
-    basic, addon, metric, length = (np.nansum(x) / count if count >= 1 else np.nan for x in finished)
+    ended = ~np.isnan(finished.length)
+    basic, addon, metric, length = (np.asarray(x)[ended].mean() if ended.any() else np.nan for x in finished)
     returns = {"basic_return": basic, "addon_return": addon, "total_return": basic + addon}
     return returns | {"addon_metric": metric / length, "episode_length": length}
 
@@ -1133,4 +1141,5 @@ if __name__ == "__main__":
         print(f"{Path(__file__).name}: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
+        print(f"{Path(__file__).name}: interrupted", file=sys.stderr)
         sys.exit(130)

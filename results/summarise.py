@@ -1,4 +1,4 @@
-"""Make results/README.md and results/customisation.png from the run folders in results/.
+"""Make the table of results in README.md, and results/customisation.png, from the run folders in results/.
 
     python results/summarise.py
 
@@ -41,18 +41,15 @@ def main() -> None:
                 cells.append(f"{np.mean(means):.{digits}f} ({min(means):.{digits}f} to {max(means):.{digits}f})")
             time = f"{minutes:.1f}" if policy == "customised" else ""
             lines.append(f"| {env_id} | {shown} | {seeds} | {policy} | {' | '.join(cells)} | {time} |")
-    commands = sorted(
-        {
-            f"- `{run['info']['command']}` at commit `{run['info']['git_commit']}`"
-            for runs in groups.values()
-            for run in runs
-        }
-    )
-    (RESULTS / "README.md").write_text(
-        "# Customisation results\n\nStochastic actions; mean over seeds (lowest to highest), each a mean over "
-        "its evaluation episodes. Written by `python results/summarise.py` from the run folders beside this file.\n\n"
-        + "\n".join(lines) + "\n\nCommands:\n\n" + "\n".join(commands) + "\n"
-    )  # fmt: skip
+    info = [run["info"] for runs in groups.values() for run in runs]
+    commits = ", ".join(sorted({f"`{x['git_commit'][:7]}`" for x in info}))
+    episodes = ", ".join(sorted({str(x["args"]["eval_episodes"]) for x in info}))
+    note = f"Commit {commits}; {episodes} episodes a seed, sampled actions: mean over seeds (lowest to highest)."
+    note += " `results/` has the run folders; `python results/summarise.py` writes this table."
+    text = (RESULTS.parent / "README.md").read_text()
+    start, end = "<!-- results/summarise.py writes from here -->\n", "<!-- to here -->"
+    before, after = text.partition(start)[0], text.partition(end)[2]
+    (RESULTS.parent / "README.md").write_text(before + start + note + "\n\n" + "\n".join(lines) + "\n" + end + after)
 
     figure = matplotlib.figure.Figure(figsize=(4 * len(groups), 3.4), layout="constrained")
     for axes, ((env_id, weights), runs) in zip(
