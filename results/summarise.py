@@ -28,6 +28,8 @@ def main() -> None:
         weights = {name: args[name] for name in ("omega", "omega_prime", "alpha_hat") if args[name] is not None}
         groups[args["env_id"], json.dumps(weights)].append(run)
 
+    groups = dict(sorted(groups.items(), key=lambda item: (item[0][1] != "{}", item[0])))  # default weights first
+
     lines = ["| environment | weights | seeds | policy | objective | total | basic | add-on | metric | minutes |"]
     lines.append("|---" * 10 + "|")
     for (env_id, weights), runs in groups.items():
@@ -51,27 +53,24 @@ def main() -> None:
     before, after = text.partition(start)[0], text.partition(end)[2]
     (RESULTS.parent / "README.md").write_text(before + start + note + "\n\n" + "\n".join(lines) + "\n" + end + after)
 
-    figure = matplotlib.figure.Figure(figsize=(4 * len(groups), 3.4), layout="constrained")
-    for axes, ((env_id, weights), runs) in zip(
-        figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
-    ):
+    columns = len({env_id for env_id, _ in groups})
+    figure = matplotlib.figure.Figure(figsize=(10, 5.4), layout="constrained")
+    all_axes = figure.subplots(len(groups) // columns, columns, sharex=True).flat
+    for axes, ((env_id, weights), runs) in zip(all_axes, groups.items(), strict=True):
+        omega = json.loads(weights).get("omega", 1.0)
         for run in runs:
-            metrics = run["metrics"]
-            omega = json.loads(weights).get("omega", 1.0)
+            metrics, prior = run["metrics"], run["eval"]["prior"]["mean"]["stochastic"]
             objective = omega * metrics["basic_return"] + metrics["addon_return"]
-            axes.plot(metrics["global_step"] / 1e6, objective, color="tab:blue", label="customised, while training")
-            axes.plot(
-                metrics["global_step"] / 1e6, metrics["addon_return"], color="tab:orange", label="its add-on part"
-            )
-            prior = run["eval"]["prior"]["mean"]["stochastic"]
-            axes.axhline(prior["objective"], color="tab:blue", linestyle="--", label="prior")
-            axes.axhline(prior["addon"], color="tab:orange", linestyle="--", label="its add-on part")
+            axes.plot(metrics["global_step"] / 1e6, objective, color="tab:blue")
+            axes.plot(metrics["global_step"] / 1e6, metrics["addon_return"], color="tab:orange")
+            axes.axhline(prior["objective"], color="tab:blue", linestyle="--")
+            axes.axhline(prior["addon"], color="tab:orange", linestyle="--")
         axes.set_title(f"{env_id}, ω = {omega:g}")
-        axes.set_xlabel("million environment steps")
         axes.grid(alpha=0.3)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[:4], labels[:4], fontsize="small")
-    figure.axes[0].set_ylabel("return an episode")
+    labels = ("objective ω·basic + add-on", "add-on", "the prior's objective", "the prior's add-on")
+    figure.legend(axes.get_lines()[:4], labels, loc="outside upper center", ncols=4)
+    figure.supxlabel("million environment steps")
+    figure.supylabel("return of an episode")
     figure.savefig(RESULTS / "customisation.png", dpi=110)
 
 
