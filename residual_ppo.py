@@ -85,19 +85,19 @@ class Args:
     total_timesteps: int = 500_000
     """environment steps of the whole training, all environments together"""
     addon: str | None = None
-    """add-on task r_R (default: the environment's own); "none" is a zero reward"""
+    """add-on task r_R, "none" for a zero reward; if not given, the environment's own"""
     addon_coef: float = 1.0
     """factor on the add-on reward"""
 
     # customisation
     prior: Path | None = None
-    """the prior's policy file (default: priors/<env-id>.safetensors)"""
+    """the prior's policy file; if not given, priors/<env-id>.safetensors"""
     omega: float | None = None
-    """weight of the basic task, omega' = omega alpha with the alpha of the prior's file (default: 1)"""
+    """weight of the basic task, omega' = omega alpha with the alpha of the prior's file; if not given, 1"""
     omega_prime: float | None = None
     """weight of log pi, in units of reward per nat; sets omega' directly, instead of --omega"""
     alpha_hat: float | None = None
-    """temperature of the customised policy, in units of reward per nat (default: the prior's alpha)"""
+    """temperature of the customised policy, in units of reward per nat; if not given, the prior's alpha"""
     init_from_prior: bool = True
     """start as the prior, whose frozen normaliser is kept; the critic starts fresh in any case"""
 
@@ -105,7 +105,7 @@ class Args:
     squash: bool = True
     """tanh-squashed Gaussian; --no-squash: plain Gaussian, actions clipped; must be as in the prior"""
     hidden_sizes: tuple[int, ...] | None = None
-    """widths of the hidden layers of policy and critic (default: the prior's)"""
+    """widths of the hidden layers of policy and critic; if not given, the prior's"""
 
     # PPO
     num_steps: int = 32
@@ -407,11 +407,14 @@ ADDON_TASKS = {
 def choose_addon(name: str | None, env_id: str, coef: float) -> AddonTask:
     """The named add-on task, or the environment's default; StopRun if there is none."""
     env = env_id.rpartition("-v")[0]
-    name = name or next((key for key, task in ADDON_TASKS.items() if task.env == env), "")
-    if name not in ADDON_TASKS or ADDON_TASKS[name].env not in ("", env):
-        choices = [key for key, task in ADDON_TASKS.items() if task.env in ("", env)]
-        raise StopRun(f"no add-on task {name!r} for {env_id}; --addon can be one of {choices}, or add your own")
-    return ADDON_TASKS[name]._replace(coef=coef)
+    choices = [key for key, task in ADDON_TASKS.items() if task.env == env] + ["none"]
+    if name is None and len(choices) == 1:
+        raise StopRun(f"{env_id} has no add-on task yet; add one to ADDON_TASKS, or give --addon none")
+    if name is not None and name not in choices:
+        raise StopRun(
+            f"--addon {name} is no add-on task for {env_id}; choose from {', '.join(choices)}, or add your own"
+        )
+    return ADDON_TASKS[name or choices[0]]._replace(coef=coef)
 
 
 # --------------------------------------------------------------------------------- environment
@@ -1140,8 +1143,8 @@ def main(args: Args) -> None:
     args = prepare(args)
     if args.omega is not None and args.omega_prime is not None:
         raise StopRun("--omega and --omega-prime both set the weight of the prior; give one of them")
-    addon = choose_addon(args.addon, args.env_id, args.addon_coef)
     env = make_env(args.env_id, args.num_envs, args.seed)
+    addon = choose_addon(args.addon, args.env_id, args.addon_coef)
     prior_path = args.prior or Path("priors") / f"{args.env_id}.safetensors"
     prior_actor, prior, prior_info = load_policy(prior_path, env, args)
     alpha = float(prior_info.get("alpha", 0))

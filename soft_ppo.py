@@ -421,11 +421,14 @@ ADDON_TASKS = {
 def choose_addon(name: str | None, env_id: str, coef: float) -> AddonTask:
     """The named add-on task, or the environment's default; StopRun if there is none."""
     env = env_id.rpartition("-v")[0]
-    name = name or next((key for key, task in ADDON_TASKS.items() if task.env == env), "")
-    if name not in ADDON_TASKS or ADDON_TASKS[name].env not in ("", env):
-        choices = [key for key, task in ADDON_TASKS.items() if task.env in ("", env)]
-        raise StopRun(f"no add-on task {name!r} for {env_id}; --addon can be one of {choices}, or add your own")
-    return ADDON_TASKS[name]._replace(coef=coef)
+    choices = [key for key, task in ADDON_TASKS.items() if task.env == env] + ["none"]
+    if name is None and len(choices) == 1:
+        raise StopRun(f"{env_id} has no add-on task yet; add one to ADDON_TASKS, or give --addon none")
+    if name is not None and name not in choices:
+        raise StopRun(
+            f"--addon {name} is no add-on task for {env_id}; choose from {', '.join(choices)}, or add your own"
+        )
+    return ADDON_TASKS[name or choices[0]]._replace(coef=coef)
 
 
 # --------------------------------------------------------------------------------- environment
@@ -1147,8 +1150,8 @@ def finish_run(
 def main(args: Args) -> None:
     """Train a policy by Soft PPO, or by one of the treatments of entropy that it is compared with."""
     args = prepare(args)
-    addon = choose_addon(args.addon, args.env_id, args.addon_coef)
     env = make_env(args.env_id, args.num_envs, args.seed)
+    addon = choose_addon(args.addon, args.env_id, args.addon_coef)
     actor, critic = Actor(env.action_dim, args.hidden_sizes), Critic(args.hidden_sizes)
     state = init_state(args, actor, critic, env.obs_dim)
     if args.resume:

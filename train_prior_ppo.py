@@ -126,7 +126,7 @@ class Args:
     num_evals: int = 20
     """evaluations during training; the snapshot with the best mean return of sampled actions is exported"""
     export: Path | None = None
-    """where to (default: priors/<env-id>.safetensors)"""
+    """where to; if not given, priors/<env-id>.safetensors"""
 
 
 class StopRun(Exception):
