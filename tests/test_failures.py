@@ -449,3 +449,10 @@ def test_run_that_diverges_stops_with_its_last_finite_state(tmp_path):
     assert not (run_dir / "policy.safetensors").exists()
     state = flax.serialization.msgpack_restore((run_dir / "checkpoint.msgpack").read_bytes())
     assert all(np.isfinite(array).all() for array in jax.tree.leaves(state))
+
+
+def test_runs_begun_in_the_same_second_get_folders_of_their_own(tmp_path):
+    args = residual_ppo.Args(runs_dir=tmp_path)
+    first, second = residual_ppo.create_run(args), residual_ppo.create_run(args)
+    assert first != second
+    assert all((folder / "args.json").exists() for folder in (first, second))
