@@ -951,9 +951,11 @@ class RunLog:
 
             where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
             self.wandb = wandb.init(**where, id=run_dir.name, resume="allow", config=vars(args))
-        self.total, self.first_step, self.start = args.total_timesteps, global_step, time.time()
+        batch_size = args.num_envs * args.num_steps
+        self.total = args.total_timesteps // batch_size * batch_size
+        self.first_step, self.start = global_step, time.time()
         self.elapsed_before = float(rows[-1][1]) if len(rows) > 1 else 0.0
-        self.compile_time = self.next_report = 0.0
+        self.compile_time = self.next_report = self.next_line = 0.0
         self.live = args.progress and CONSOLE.is_terminal
         columns = ["{task.percentage:3.0f}%", rich.progress.TimeRemainingColumn(compact=True), "{task.description}"]
         if CONSOLE.width >= 100:
@@ -972,7 +974,7 @@ class RunLog:
             self.wandb.finish()
 
     def write(self, global_step: int, metrics: dict[str, float]) -> None:
-        """Log an iteration: a row always, the rest about every second."""
+        """Log an iteration: a row always, the rest about every second, a plain line every ten, and all at the end."""
         elapsed = time.time() - self.start
         speed = (global_step - self.first_step) / (elapsed - self.compile_time)
         row = {
@@ -988,7 +990,7 @@ class RunLog:
             self.compile_time, self.first_step, self.next_report = elapsed, global_step, elapsed + 1e-9
         if elapsed < self.next_report and global_step < self.total:
             return
-        self.next_report = elapsed + (1 if self.live else 10)
+        self.next_report = elapsed + 1
         metrics = {name: value for name, value in metrics.items() if np.isfinite(value)}
         for name, value in metrics.items():
             self.tensorboard.add_scalar(name, value, global_step)
@@ -1000,7 +1002,8 @@ class RunLog:
         text = " ".join([f"{speed:,.0f} steps/s", *values])
         if self.live:
             self.bar.update(self.task, completed=global_step, description=text)
-        else:
+        elif elapsed >= self.next_line or global_step >= self.total:
+            self.next_line = elapsed + 10
             left = (self.total - global_step) / speed
             print(f"{global_step / self.total:4.0%}  {left:5.0f} s left  {text}", flush=True)
 
