@@ -56,6 +56,9 @@ import safetensors.numpy
 import tensorboardX
 import tyro
 from jax import lax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 
 @dataclass(frozen=True)
@@ -308,12 +311,26 @@ class Batch(NamedTuple):
     advantage: jax.Array
     value: jax.Array  # of the rollout's critic
     target: jax.Array
-    valid: jax.Array  # 1 for a transition, 0 for an auto-reset step
+    weight: jax.Array  # in means over a minibatch; 0 for an auto-reset step
 
 
 def masked_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
     """Mean of x where valid is 1; 0 if it is nowhere."""
     return (x * valid).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def make_minibatches(batch: Batch, order: jax.Array, num_minibatches: int, norm_adv: bool) -> Batch:
+    """Cut a batch, in the given order, into minibatches (num_minibatches, minibatch_size, ...).
+
+    In each the weights are scaled to sum to 1 and, if norm_adv, the advantages to mean 0 and deviation 1.
+    """
+    batch = jax.tree.map(lambda x: x[order].reshape(num_minibatches, -1, *x.shape[1:]), batch)
+    weight = batch.weight / jnp.maximum(batch.weight.sum(1, keepdims=True), 1)
+    advantage = batch.advantage
+    if norm_adv:
+        centred = advantage - (advantage * weight).sum(1, keepdims=True)
+        advantage = centred / (jnp.sqrt((centred**2 * weight).sum(1, keepdims=True)) + 1e-8)
+    return batch._replace(weight=weight, advantage=advantage)
 
 
 class LossMetrics(NamedTuple):
@@ -328,27 +345,24 @@ class LossMetrics(NamedTuple):
 def ppo_loss(params: Any, batch: Batch, actor: Actor, critic: Critic, args: Any) -> tuple[jax.Array, LossMetrics]:
     """Clipped surrogate plus value loss (arXiv 1707.06347), a scalar to minimise, and its diagnostics.
 
-    There is no entropy bonus: the entropy is in the reward, and here it would count twice.
+    There is no entropy bonus: the entropy is in the reward, and here it would count twice. Means are sums with the
+    batch's weights, so the losses of a minibatch's parts add up to that of the whole.
     """
     # Squashing changes both densities by the same Jacobian, which cancels in the ratio.
     log_ratio = gaussian_log_prob(batch.action, *actor.apply(params["actor"], batch.obs)) - batch.log_prob
     ratio = jnp.exp(log_ratio)
-    advantage = batch.advantage
-    if args.norm_adv:
-        centred = advantage - masked_mean(advantage, batch.valid)
-        advantage = centred / (jnp.sqrt(masked_mean(centred**2, batch.valid)) + 1e-8)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = -masked_mean(jnp.minimum(advantage * ratio, advantage * clipped_ratio), batch.valid)
+    policy_loss = -(jnp.minimum(batch.advantage * ratio, batch.advantage * clipped_ratio) * batch.weight).sum()
 
     value = critic.apply(params["critic"], batch.obs)
     squared_error = (value - batch.target) ** 2
     if args.clip_vloss:
         clipped_value = batch.value + jnp.clip(value - batch.value, -args.clip_coef, args.clip_coef)
         squared_error = jnp.maximum(squared_error, (clipped_value - batch.target) ** 2)
-    value_loss = 0.5 * masked_mean(squared_error, batch.valid)
+    value_loss = 0.5 * (squared_error * batch.weight).sum()
 
-    approx_kl = masked_mean(ratio - 1 - log_ratio, batch.valid)
-    clip_fraction = masked_mean(jnp.abs(ratio - 1) > args.clip_coef, batch.valid)
+    approx_kl = ((ratio - 1 - log_ratio) * batch.weight).sum()
+    clip_fraction = ((jnp.abs(ratio - 1) > args.clip_coef) * batch.weight).sum()
     return policy_loss + args.vf_coef * value_loss, LossMetrics(policy_loss, value_loss, approx_kl, clip_fraction)
 
 
@@ -365,8 +379,8 @@ def entropy_bonus_loss(
     entropy = (log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e)).sum()
     if args.squash:
         z = lax.stop_gradient((batch.action - mean) * jnp.exp(-log_std))
-        entropy += masked_mean(tanh_log_det(mean + jnp.exp(log_std) * z), batch.valid)
-    return loss - args.ent_coef * entropy, metrics
+        entropy += tanh_log_det(mean + jnp.exp(log_std) * z)
+    return loss - args.ent_coef * (entropy * batch.weight).sum(), metrics
 
 
 # -------------------------------------------------------------------------------- add-on tasks
@@ -571,10 +585,10 @@ class TrainState(NamedTuple):
     iteration: jax.Array
 
 
-def across_devices(*axes: str | None) -> jax.sharding.NamedSharding:
-    """How an array lies on all devices of all processes: split along the axis called "data", else copied to each."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+def across_devices(spec: P) -> NamedSharding:
+    """A layout over all devices of all processes: split along the axis that is "data" in spec, else copied to each."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, spec)
 
 
 def make_optimizer(args: Any) -> optax.GradientTransformation:
@@ -631,9 +645,15 @@ def ppo_update(
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     learning_rate = args.learning_rate * (1 - state.iteration / num_iterations if args.anneal_lr else 1)
 
+    @partial(jax.shard_map, mesh=across_devices(P()).mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
+    def gradient(params, minibatch):  # each device's part of the minibatch has its gradient, and they add up
+        part = jax.grad(loss, has_aux=True)(params, minibatch, actor, critic, args)
+        flat, unflatten = ravel_pytree(part)
+        return unflatten(lax.psum(flat, "data"))  # one vector, as every message costs its delay
+
     def minibatch_step(carry, minibatch):
         params, opt_state = carry
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, minibatch, actor, critic, args)
+        grads, metrics = gradient(params, minibatch)
         updates, opt_state = make_optimizer(args).update(grads, opt_state)
         return (jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt_state), metrics
 
@@ -642,8 +662,7 @@ def ppo_update(
         key, permutation_key = jax.random.split(key)
         # As jax.random.permutation, which sorts twice; a ninth off the time of an update.
         order = jnp.argsort(jax.random.bits(permutation_key, (valid.size,)))
-        minibatches = jax.tree.map(lambda x: x[order].reshape(args.num_minibatches, -1, *x.shape[1:]), batch)
-        minibatches = lax.with_sharding_constraint(minibatches, across_devices(None, "data"))
+        minibatches = make_minibatches(batch, order, args.num_minibatches, args.norm_adv)
         (params, opt_state), metrics = lax.scan(minibatch_step, (params, opt_state), minibatches)
         return epochs_done + 1, key, params, opt_state, jax.tree.map(jnp.mean, metrics)
 
@@ -659,7 +678,7 @@ def ppo_update(
     metrics["param_norm"] = optax.tree.norm(params)
     obs_stats = merge_stats(state.obs_stats, transitions.obs, transitions.valid)
     state = TrainState(params, opt_state, obs_stats, return_stats, return_trace, state.iteration + 1)
-    return lax.with_sharding_constraint((state, metrics), across_devices())
+    return lax.with_sharding_constraint((state, metrics), across_devices(P()))
 
 
 @partial(jax.jit, static_argnames=("actor", "critic", "loss", "omega", "alpha", "args"))
@@ -1144,7 +1163,7 @@ def train(
     Args: update maps (state, transitions, last_obs) to (state, metrics); after is called with each new state.
     """
     batch_size = args.num_envs * args.num_steps
-    env_state, state = reset_env(env), jax.device_put(state, across_devices())
+    env_state, state = reset_env(env), jax.device_put(state, across_devices(P()))
     save_checkpoint(run_dir, state)
     saved_at = time.time()
     log = RunLog(run_dir, args, int(state.iteration) * batch_size) if jax.process_index() == 0 else None
@@ -1160,9 +1179,9 @@ def train(
         for iteration in range(int(state.iteration), args.total_timesteps // batch_size):
             policy = jax.device_get(Policy(state.params["actor"], state.obs_stats))
             env_state, transitions = rollout(env, addon, actor, args, policy, env_state, iteration)
-            transitions = jax.make_array_from_process_local_data(across_devices(None, "data"), transitions)
+            transitions = jax.make_array_from_process_local_data(across_devices(P(None, "data")), transitions)
             last = env_state.obs, env_state.finished
-            last_obs, finished = jax.make_array_from_process_local_data(across_devices("data"), last)
+            last_obs, finished = jax.make_array_from_process_local_data(across_devices(P("data")), last)
             new_state, metrics = update(state, transitions, last_obs)
             metrics, returns = jax.device_get((metrics, episode_metrics(finished)))
             if bad := [name for name, value in metrics.items() if not np.isfinite(value)]:

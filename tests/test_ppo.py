@@ -238,9 +238,15 @@ def random_batch(seed, params, batch_size=48):
     return residual_ppo.Batch(obs, action, log_prob, advantage, value, target, valid)
 
 
+def minibatches(batch, num_minibatches, norm_adv):
+    """A batch cut into a list of minibatches, without changing its order."""
+    cut = residual_ppo.make_minibatches(batch, np.arange(len(batch.weight)), num_minibatches, norm_adv)
+    return [jax.tree.map(lambda x: x[i], cut) for i in range(num_minibatches)]  # noqa: B023
+
+
 def numpy_ppo_loss(params, batch, args):
     """Loss, ratios and values, sample by sample over the valid ones."""
-    batch = residual_ppo.Batch(*(x[batch.valid == 1] for x in batch))
+    batch = residual_ppo.Batch(*(x[batch.weight == 1] for x in batch))
     mean, std = numpy_network(params["actor"], batch.obs), np.exp(params["actor"]["params"]["log_std"])
     ratio = np.exp(scipy.stats.norm.logpdf(batch.action, mean, std).sum(-1) - batch.log_prob)
     value = numpy_network(params["critic"], batch.obs)[:, 0]
@@ -264,11 +270,12 @@ def test_ppo_loss_and_its_gradient_are_those_of_a_numpy_loop(norm_adv, clip_vlos
     args = residual_ppo.Args(norm_adv=norm_adv, clip_vloss=clip_vloss, clip_coef=0.2, vf_coef=0.7)
     params = to_float64(random_params(3, 0.5))
     batch = random_batch(3, params)
+    (minibatch,) = minibatches(batch, 1, norm_adv)
     loss_and_gradient = jax.jit(jax.value_and_grad(residual_ppo.ppo_loss, has_aux=True), static_argnums=(2, 3, 4))
-    (loss, metrics), gradient = loss_and_gradient(params, batch, ACTOR, CRITIC, args)
+    (loss, metrics), gradient = loss_and_gradient(params, minibatch, ACTOR, CRITIC, args)
 
     expected, ratio, value = numpy_ppo_loss(params, batch, args)
-    drift = value - batch.value[batch.valid == 1]
+    drift = value - batch.value[batch.weight == 1]
     assert all((x < -0.2).any() and (x > 0.2).any() and (abs(x) < 0.2).any() for x in (ratio - 1, drift))
     np.testing.assert_allclose(loss, expected, rtol=1e-7)
     np.testing.assert_allclose(metrics.approx_kl, np.mean(ratio - 1 - np.log(ratio)), rtol=1e-8)
@@ -284,6 +291,38 @@ def test_ppo_loss_and_its_gradient_are_those_of_a_numpy_loop(norm_adv, clip_vlos
 
 
 @pytest.mark.usefixtures("float64")
+def test_minibatches_hold_each_transition_once_and_are_normalised_each_by_itself():
+    """Advantages over the valid transitions alone; a minibatch of auto-reset steps has no weight, and no NaN."""
+    batch = random_batch(9, to_float64(random_params(9)))
+    batch = batch._replace(weight=np.where(np.arange(48) < 36, batch.weight, 0))
+    order = np.concatenate([np.random.default_rng(9).permutation(36), np.arange(36, 48)])
+    cut = residual_ppo.make_minibatches(batch, order, 4, True)
+    np.testing.assert_array_equal(cut.obs.reshape(48, -1), batch.obs[order])
+    np.testing.assert_allclose(cut.weight.sum(1), [1, 1, 1, 0])
+    assert (cut.advantage[3] * cut.weight[3] == 0).all()
+    for i in range(3):
+        part = order[12 * i : 12 * (i + 1)]
+        valid = batch.weight[part] == 1
+        np.testing.assert_allclose(cut.advantage[i][valid], scipy.stats.zscore(batch.advantage[part][valid]), 1e-6)
+    assert (residual_ppo.make_minibatches(batch, order, 4, False).advantage.ravel() == batch.advantage[order]).all()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("squash", [True, False])
+def test_losses_of_the_parts_of_a_minibatch_add_up_to_that_of_the_whole(squash):
+    """With their gradients and metrics, although the parts hold auto-reset steps in different numbers."""
+    params = to_float64(random_params(5, 0.5))
+    (whole,) = minibatches(random_batch(5, params), 1, True)
+    loss_and_gradient = jax.jit(jax.value_and_grad(soft_ppo.entropy_bonus_loss, has_aux=True), static_argnums=(2, 3, 4))
+    parts = [
+        loss_and_gradient(params, jax.tree.map(lambda x: x[cut], whole), ACTOR, CRITIC, soft_ppo.Args(squash=squash))  # noqa: B023
+        for cut in (slice(0, 5), slice(5, 48))
+    ]
+    expected = loss_and_gradient(params, whole, ACTOR, CRITIC, soft_ppo.Args(squash=squash))
+    jax.tree.map(lambda x, *y: np.testing.assert_allclose(sum(y), x, atol=1e-12), expected, *parts)
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("script", [residual_ppo, soft_ppo])
 def test_what_an_auto_reset_step_holds_changes_neither_loss_nor_gradient(script):
     """Whatever it is: observation, action, log-probability, advantage, value and target."""
@@ -296,8 +335,10 @@ def test_what_an_auto_reset_step_holds_changes_neither_loss_nor_gradient(script)
     garbage = [
         np.where((valid == 1).reshape(-1, *[1] * (x.ndim - 1)), x, 5 * rng.normal(size=x.shape)) for x in content
     ]
-    expected = loss_and_gradient(params, batch, ACTOR, CRITIC, script.Args())
-    actual = loss_and_gradient(params, residual_ppo.Batch(*garbage, valid), ACTOR, CRITIC, script.Args())
+    expected, actual = (
+        loss_and_gradient(params, *minibatches(x, 1, True), ACTOR, CRITIC, script.Args())
+        for x in (batch, residual_ppo.Batch(*garbage, valid))
+    )
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
@@ -317,7 +358,7 @@ def test_entropy_bonus_of_a_gaussian_is_its_entropy():
     """Each log_std has a gradient of 1 nat, the mean none."""
     params = to_float64(random_params(6, 0.5))
     args = soft_ppo.Args(squash=False, ent_coef=0.3)
-    value, gradient = bonus_and_gradient(params, random_batch(6, params), args)
+    value, gradient = bonus_and_gradient(params, *minibatches(random_batch(6, params), 1, True), args)
     std = np.exp(params["actor"]["params"]["log_std"])
     np.testing.assert_allclose(value, -0.3 * scipy.stats.norm.entropy(scale=std).sum(), rtol=1e-10)
     np.testing.assert_allclose(gradient.pop("log_std"), [-0.3, -0.3], rtol=1e-10)
@@ -334,8 +375,8 @@ def test_entropy_bonus_of_a_squashed_gaussian_is_its_entropy():
     rng = np.random.default_rng(7)
     quantiles = scipy.stats.norm.ppf((np.arange(4000) + 0.5) / 4000)
     z = np.stack([rng.permutation(quantiles) for _ in range(ACTION_DIM)], -1)
-    valid, zeros = np.ones(4000), np.zeros(4000)
-    batch = residual_ppo.Batch(obs, mean + np.exp(log_std) * z, zeros, zeros, zeros, zeros, valid)
+    zeros = np.zeros(4000)
+    batch = residual_ppo.Batch(obs, mean + np.exp(log_std) * z, zeros, zeros, zeros, zeros, np.full(4000, 1 / 4000))
     value, gradient = bonus_and_gradient(params, batch, soft_ppo.Args(squash=True, ent_coef=0.3))
 
     def entropy(mean, log_std):
