@@ -264,13 +264,12 @@ def compete(args: Args, env_id: str, num_envs: int, contestants: dict[str, tuple
     return rows
 
 
-def start_up(name: str, env_id: str, num_envs: int, cache: Path) -> tuple[float, float]:
-    """Seconds from the start of a script's process to its first logged update, and its peak memory in MB."""
+def start_up(env_id: str, num_envs: int, cache: Path) -> tuple[float, float]:
+    """Seconds from the start of residual_ppo.py's process to its first logged update, and its peak memory in MB."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--env-id", env_id, "--num-envs", num_envs, "--total-timesteps", 10 * 32 * num_envs]
         flags += ["--runs-dir", folder, "--no-progress"]
-        flags += ["--export", f"{folder}/prior.safetensors"] if name == "train_prior_ppo" else []
-        command = [sys.executable, ROOT / f"{name}.py", *flags]
+        command = [sys.executable, ROOT / "residual_ppo.py", *flags]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
         start, first = time.perf_counter(), None
         output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -292,24 +291,23 @@ def measure(args: Args) -> list[Row]:
     """All measurements."""
     rows = []
     for env_id in args.env_ids:
-        contestants = {"raw stepping": (raw_stepping,)}
-        contestants |= {f"residual_ppo {part}": (script, "residual_ppo", part) for part in ("rollout", "update")}
+        # soft_ppo.py's rollout, for its untrained policy moves as randomly as raw stepping does.
+        contestants = {"raw stepping": (raw_stepping,), "rollout": (script, "soft_ppo", "rollout")}
+        contestants |= {"update": (script, "residual_ppo", "update")}
         contestants |= {f"{name} training": (script, name, "training") for name in SCRIPTS}
         contestants["residual_ppo training without logs"] = (script, "residual_ppo", "training without logs")
         if args.peers:
             peers = {"SB3": "stable_baselines3", "SBX": "sbx"}
             contestants |= {n: (peer, n) for n, package in peers.items() if importlib.util.find_spec(package)}
         rows += compete(args, env_id, args.num_envs, contestants, args.rounds)
-    if args.start:
-        for i in range(3):
-            for env_id in args.env_ids:
-                for name in SCRIPTS[:1]:
-                    with tempfile.TemporaryDirectory() as cache:
-                        for what in ("cold", "cached"):
-                            seconds, memory = start_up(name, env_id, args.num_envs, Path(cache))
-                            rows.append(Row(env_id, args.num_envs, f"{name} start {what}", i, seconds, "s"))
-                            print(f"{env_id}: {name} start {what} {seconds:.1f} s, {memory:.0f} MB", flush=True)
-                        rows.append(Row(env_id, args.num_envs, f"{name} memory", i, memory, "MB"))
+    for i in range(3 if args.start else 0):
+        for env_id in args.env_ids:
+            with tempfile.TemporaryDirectory() as cache:
+                for what in ("cold", "cached"):
+                    seconds, memory = start_up(env_id, args.num_envs, Path(cache))
+                    rows.append(Row(env_id, args.num_envs, f"start {what}", i, seconds, "s"))
+                    rows.append(Row(env_id, args.num_envs, f"memory {what}", i, memory, "MB"))
+                    print(f"{env_id}: start {what} {seconds:.1f} s, {memory:.0f} MB", flush=True)
     for num_envs in args.scale:
         contestants = {
             "raw stepping": (raw_stepping,),
@@ -319,7 +317,7 @@ def measure(args: Args) -> list[Row]:
             row._replace(what=f"scale {row.what}") for row in compete(args, args.scale_env_id, num_envs, contestants, 3)
         ]
         with tempfile.TemporaryDirectory() as cache:
-            _, memory = start_up("residual_ppo", args.scale_env_id, num_envs, Path(cache))
+            _, memory = start_up(args.scale_env_id, num_envs, Path(cache))
         rows.append(Row(args.scale_env_id, num_envs, "scale memory", 0, memory, "MB"))
     return rows
 
@@ -367,7 +365,7 @@ def report(args: Args, rows: list[Row]) -> str:
             f"`{what.replace(' ', '.py`, ')} ÷ raw stepping",
             lambda env_id, what=what: ratios(env_id, what, "raw stepping"),
         )
-    line("rollout ÷ raw stepping", lambda env_id: ratios(env_id, "residual_ppo rollout", "raw stepping"))
+    line("rollout ÷ raw stepping", lambda env_id: ratios(env_id, "rollout", "raw stepping"))
     with_logs, without = "residual_ppo training", "residual_ppo training without logs"
     line("training with logs and checkpoints ÷ without", lambda env_id: ratios(env_id, with_logs, without))
     peers = [name for name in ("SBX", "SB3") if any(row.what == name for row in rows)]
@@ -377,21 +375,18 @@ def report(args: Args, rows: list[Row]) -> str:
         )
 
     lines += ["", "| steps per second | " + " | ".join(args.env_ids) + " |", "|---" * (len(args.env_ids) + 1) + "|"]
-    for what in ("raw stepping", "residual_ppo rollout", "residual_ppo update", *training, *peers):
+    for what in ("raw stepping", "rollout", "update", *training, *peers):
         line(what, lambda env_id, what=what: spread(data[env_id, args.num_envs, what], 0))
     if args.start:
-        lines += ["", "| start and memory | " + " | ".join(args.env_ids) + " |", "|---" * (len(args.env_ids) + 1) + "|"]
-        for name in SCRIPTS[:1]:
-            for what, label, digits in (
-                ("start cold", "process start to first update, s", 1),
-                ("start cached", "the same with JAX's compilation cache, s", 1),
-                ("memory", "peak memory, MB", 0),
-            ):
-                key = f"{name} {what}"
-                line(
-                    f"`{name}.py`: {label}",
-                    lambda env_id, key=key, digits=digits: spread(data[env_id, args.num_envs, key], digits),
-                )
+        lines += [
+            "",
+            "| `residual_ppo.py` | " + " | ".join(args.env_ids) + " |",
+            "|---" * (len(args.env_ids) + 1) + "|",
+        ]
+        line("process start to first update, s", lambda env_id: spread(data[env_id, args.num_envs, "start cold"], 1))
+        line("the same with JAX's cache, s", lambda env_id: spread(data[env_id, args.num_envs, "start cached"], 1))
+        line("peak memory, MB", lambda env_id: spread(data[env_id, args.num_envs, "memory cold"], 0))
+        line("the same with JAX's cache, MB", lambda env_id: spread(data[env_id, args.num_envs, "memory cached"], 0))
     if args.scale:
         lines += ["", f"| `--num-envs`, {args.scale_env_id} | training, steps/s | raw stepping, steps/s | ratio | MB |"]
         lines += ["|---" * 5 + "|"]
@@ -411,7 +406,7 @@ def draw(args: Args, rows: list[Row], path: Path) -> None:
     for row in rows:
         data[row.env_id, row.num_envs, row.what].append(row.value)
     shown = (
-        "residual_ppo rollout",
+        "rollout",
         "residual_ppo training",
         "soft_ppo training",
         "train_prior_ppo training",
