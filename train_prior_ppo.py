@@ -980,7 +980,7 @@ class RunLog:
         columns = ["{task.percentage:3.0f}%", rich.progress.TimeRemainingColumn(compact=True), "{task.description}"]
         if CONSOLE.width >= 100:
             columns.insert(0, rich.progress.BarColumn(20))
-        self.bar = rich.progress.Progress(*columns, console=CONSOLE)
+        self.bar = rich.progress.Progress(*columns, console=CONSOLE, refresh_per_second=2)
         self.task = self.bar.add_task("compiling", total=self.total, completed=global_step)
         if self.live:
             self.bar.start()

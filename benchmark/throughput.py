@@ -43,6 +43,8 @@ class Args:
     """how often everything has its turn"""
     seconds: float = 3.0
     """length of a turn, rounded up to whole iterations"""
+    only: tuple[str, ...] = ()
+    """measure only what has one of these words in its name, and draw nothing; "raw", "training", "SBX", ..."""
     peers: bool = True
     """measure Stable-Baselines3 and SBX, where installed"""
     peer_envs: int = 8
@@ -299,7 +301,8 @@ def measure(args: Args) -> list[Row]:
         if args.peers:
             peers = {"SB3": "stable_baselines3", "SBX": "sbx"}
             contestants |= {n: (peer, n) for n, package in peers.items() if importlib.util.find_spec(package)}
-        rows += compete(args, env_id, args.num_envs, contestants, args.rounds)
+        chosen = {k: v for k, v in contestants.items() if not args.only or any(word in k for word in args.only)}
+        rows += compete(args, env_id, args.num_envs, chosen, args.rounds)
     for i in range(3 if args.start else 0):
         for env_id in args.env_ids:
             with tempfile.TemporaryDirectory() as cache:
@@ -327,6 +330,8 @@ def measure(args: Args) -> list[Row]:
 
 def spread(values: list[float], digits: int = 2) -> str:
     """Median (lowest to highest)."""
+    if not values:
+        return "–"
     return f"{np.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
@@ -341,7 +346,7 @@ def report(args: Args, rows: list[Row]) -> str:
     training = [what for what in training if not what.startswith("scale")]
 
     def ratios(env_id, what, other, num_envs=args.num_envs):
-        pairs = zip(data[env_id, num_envs, what], data[env_id, num_envs, other], strict=True)
+        pairs = zip(data[env_id, num_envs, what], data[env_id, num_envs, other], strict=not args.only)
         return spread([x / y for x, y in pairs])
 
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -455,7 +460,8 @@ def main(args: Args) -> None:
         writer.writerows(row._replace(value=f"{row.value:.6g}") for row in rows)
     text = report(args, rows)
     (args.out / "throughput.md").write_text(text)
-    draw(args, rows, args.out / "throughput.png")
+    if args.scale and not args.only:
+        draw(args, rows, args.out / "throughput.png")
     print(text)
 
 
