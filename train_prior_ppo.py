@@ -1092,6 +1092,8 @@ def train(
 ) -> TrainState:
     """Alternate rollouts and updates for the whole budget; StopRun on Ctrl-C, and when numbers stop being finite.
 
+    However it ends, the last state is in the run folder.
+
     Args: update maps (state, transitions, last_obs) to (state, metrics); after is called with each new state.
     """
     batch_size = args.num_envs * args.num_steps

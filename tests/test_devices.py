@@ -21,6 +21,12 @@ def cluster_flags(num_processes):
     return [(*common, "--process-id", i) for i in range(num_processes)]
 
 
+def slurm_variables(num_processes):
+    """What srun sets for each of the processes on this machine; JAX takes the port from the job's number."""
+    common = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(num_processes)}
+    return [common | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(num_processes)]
+
+
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory, pendulum_prior):
     """The same run by one process, by one with four devices, and by two processes: {name: what recorder.py wrote}."""
@@ -28,18 +34,18 @@ def recordings(tmp_path_factory, pendulum_prior):
     flags = ("--total-timesteps", 512, "--addon", "none", "--prior", pendulum_prior, "--learning-rate", 1e-3)
     flags = (*PENDULUM, *flags, "--omega-prime", 0.1, "--alpha-hat", 0.05)
 
-    def start(name, cluster=(), xla_flags=""):
+    def start(name, *more_flags, **variables):
         out, runs_dir = folder / f"{name}.npz", folder / name.partition("-")[0]
-        environment = os.environ | {"XLA_FLAGS": xla_flags}
-        return start_script("tests/recorder", out, *flags, "--runs-dir", runs_dir, *cluster, env=environment)
+        environment = os.environ | variables
+        return start_script("tests/recorder", out, *flags, "--runs-dir", runs_dir, *more_flags, env=environment)
 
     def finish(*processes):
         for process in processes:
             _, stderr = process.communicate(timeout=180)
             assert process.returncode == 0, stderr
 
-    finish(start("one"), start("four", xla_flags=FOUR_DEVICES))
-    finish(*(start(f"two-{i}", cluster) for i, cluster in enumerate(cluster_flags(2))))
+    finish(start("one"), start("four", XLA_FLAGS=FOUR_DEVICES))
+    finish(*(start(f"two-{i}", "--distributed", **variables) for i, variables in enumerate(slurm_variables(2))))
     return {name: dict(np.load(folder / f"{name}.npz")) for name in ("one", "four", "two-0", "two-1")} | {
         f"{name} metrics": read_metrics(next((folder / name).iterdir())) for name in ("one", "two")
     }
@@ -64,7 +70,7 @@ def test_processes_hold_the_same_state_after_every_iteration(recordings):
 
 @pytest.mark.parametrize(("name", "devices"), [("four", 4), ("two-0", 2)])
 def test_devices_share_the_arithmetic_of_an_update(recordings, name, devices):
-    assert recordings[name]["flops"] < 1.3 / devices * recordings["one"]["flops"]
+    assert recordings[name]["flops"] < 1.1 / devices * recordings["one"]["flops"]
 
 
 def test_metrics_are_of_the_environments_of_all_processes(recordings):
