@@ -611,6 +611,47 @@ def init_state(args: Any, actor: Actor, critic: Critic, obs_dim: int) -> TrainSt
     return TrainState(params, opt_state, obs_stats, return_stats, jnp.zeros(args.num_envs), jnp.int32(0))
 
 
+def improve(
+    actor: Actor, critic: Critic, loss: Callable, args: Any, state: TrainState, batch: Batch
+) -> tuple[Any, optax.OptState, dict[str, jax.Array]]:
+    """Pass over a batch for args.update_epochs epochs, or until args.target_kl, one gradient step a minibatch.
+
+    Returns: parameters, state of the optimiser, and scalar metrics, means over the last epoch.
+    """
+    num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
+    learning_rate = args.learning_rate * (1 - state.iteration / num_iterations if args.anneal_lr else 1)
+
+    @partial(jax.shard_map, mesh=across_devices(P()).mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
+    def gradient(params, minibatch):  # each device's part of the minibatch has its gradient, and they add up
+        part = jax.grad(loss, has_aux=True)(params, minibatch, actor, critic, args)
+        flat, unflatten = ravel_pytree(part)
+        return unflatten(lax.psum(flat, "data"))  # one vector, as every message costs its delay
+
+    def minibatch_step(carry, minibatch):
+        params, opt_state = carry
+        grads, metrics = gradient(params, minibatch)
+        updates, opt_state = make_optimizer(args).update(grads, opt_state)
+        return (jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt_state), metrics
+
+    def epoch(carry):
+        epochs_done, key, params, opt_state, _ = carry
+        key, permutation_key = jax.random.split(key)
+        # As jax.random.permutation, which sorts twice; a ninth off the time of an update.
+        order = jnp.argsort(jax.random.bits(permutation_key, batch.weight.shape))
+        minibatches = make_minibatches(batch, order, args.num_minibatches, args.norm_adv)
+        (params, opt_state), metrics = lax.scan(minibatch_step, (params, opt_state), minibatches)
+        return epochs_done + 1, key, params, opt_state, jax.tree.map(jnp.mean, metrics)
+
+    def go_on(carry):
+        near = True if args.target_kl is None else carry[-1].approx_kl <= args.target_kl
+        return (carry[0] < args.update_epochs) & near
+
+    key = jax.random.fold_in(jax.random.PRNGKey(args.seed), 2 * state.iteration + 1)
+    carry = (0, key, state.params, state.opt_state, LossMetrics(*jnp.zeros(4)))
+    *_, params, opt_state, metrics = lax.while_loop(go_on, epoch, carry)
+    return params, opt_state, metrics._asdict() | {"learning_rate": jnp.float32(learning_rate)}
+
+
 def ppo_update(
     actor: Actor,
     critic: Critic,
@@ -641,41 +682,9 @@ def ppo_update(
     valid = transitions.valid.astype(jnp.float32)
     batch = Batch(obs[:-1], transitions.action, log_prob, advantage, value[:-1], target, valid)
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    params, opt_state, metrics = improve(actor, critic, loss, args, state, batch)
 
-    num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
-    learning_rate = args.learning_rate * (1 - state.iteration / num_iterations if args.anneal_lr else 1)
-
-    @partial(jax.shard_map, mesh=across_devices(P()).mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
-    def gradient(params, minibatch):  # each device's part of the minibatch has its gradient, and they add up
-        part = jax.grad(loss, has_aux=True)(params, minibatch, actor, critic, args)
-        flat, unflatten = ravel_pytree(part)
-        return unflatten(lax.psum(flat, "data"))  # one vector, as every message costs its delay
-
-    def minibatch_step(carry, minibatch):
-        params, opt_state = carry
-        grads, metrics = gradient(params, minibatch)
-        updates, opt_state = make_optimizer(args).update(grads, opt_state)
-        return (jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt_state), metrics
-
-    def epoch(carry):
-        epochs_done, key, params, opt_state, _ = carry
-        key, permutation_key = jax.random.split(key)
-        # As jax.random.permutation, which sorts twice; a ninth off the time of an update.
-        order = jnp.argsort(jax.random.bits(permutation_key, (valid.size,)))
-        minibatches = make_minibatches(batch, order, args.num_minibatches, args.norm_adv)
-        (params, opt_state), metrics = lax.scan(minibatch_step, (params, opt_state), minibatches)
-        return epochs_done + 1, key, params, opt_state, jax.tree.map(jnp.mean, metrics)
-
-    def go_on(carry):
-        near = True if args.target_kl is None else carry[-1].approx_kl <= args.target_kl
-        return (carry[0] < args.update_epochs) & near
-
-    key = jax.random.fold_in(jax.random.PRNGKey(args.seed), 2 * state.iteration + 1)
-    carry = (0, key, state.params, state.opt_state, LossMetrics(*jnp.zeros(4)))
-    *_, params, opt_state, metrics = lax.while_loop(go_on, epoch, carry)
-
-    metrics = metrics._asdict() | {"reward_scale": reward_scale, "learning_rate": jnp.float32(learning_rate)}
-    metrics["param_norm"] = optax.tree.norm(params)
+    metrics |= {"reward_scale": reward_scale, "param_norm": optax.tree.norm(params)}
     obs_stats = merge_stats(state.obs_stats, transitions.obs, transitions.valid)
     state = TrainState(params, opt_state, obs_stats, return_stats, return_trace, state.iteration + 1)
     return lax.with_sharding_constraint((state, metrics), across_devices(P()))

@@ -39,7 +39,7 @@ class Args:
     """environments; priors/ must have a prior for each"""
     num_envs: int = 64
     """parallel environments, in the scripts and in raw stepping"""
-    rounds: int = 7
+    rounds: int = 5
     """how often everything has its turn"""
     seconds: float = 3.0
     """length of a turn, rounded up to whole iterations"""
@@ -115,13 +115,13 @@ def raw_stepping(connection: Connection, args: Args, env_id: str, num_envs: int)
 
     pool = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, seed=1)
     space = pool.action_space
-    actions = np.random.default_rng(1).uniform(space.low, space.high, (256, num_envs, *space.shape))
+    actions = np.random.default_rng(1).uniform(space.low, space.high, (32, num_envs, *space.shape))
     pool.reset()
 
     def iterate():
-        for action in actions[:32]:
+        for action in actions:
             pool.step(action)
-        return 32 * num_envs
+        return len(actions) * num_envs
 
     take_turns(connection, args.seconds, iterate)
 
@@ -150,7 +150,9 @@ def script(connection: Connection, args: Args, env_id: str, num_envs: int, name:
         policy = jax.device_get(module.Policy(state.params["actor"], state.obs_stats))
         env_state, iteration = module.reset_env(env), 0
         env_state, transitions = module.rollout(env, addon, actor, script_args, policy, env_state, 0)
-        state, transitions, last_obs = jax.device_put((state, transitions, env_state.obs), jax.devices()[0])
+        data, spec = (state, transitions, env_state.obs), jax.sharding.PartitionSpec
+        layouts = tuple(module.across_devices(x) for x in (spec(), spec(None, "data"), spec("data")))
+        state, transitions, last_obs = jax.device_put(data, layouts)
 
         def rollout():
             nonlocal env_state, iteration
@@ -166,15 +168,14 @@ def script(connection: Connection, args: Args, env_id: str, num_envs: int, name:
         return take_turns(connection, args.seconds, rollout if part == "rollout" else one_update)
 
     module.train = measure
-    runs_dir = Path(tempfile.mkdtemp())
-    extra = {"export": runs_dir / "prior.safetensors"} if name == "train_prior_ppo" else {}
-    if name == "residual_ppo":
-        extra["prior"] = ROOT / "priors" / f"{env_id}.safetensors"
-    module.main(
-        module.Args(
-            env_id=env_id, num_envs=num_envs, runs_dir=runs_dir, total_timesteps=10**9, eval_episodes=1, **extra
-        )
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"env_id": env_id, "num_envs": num_envs, "runs_dir": Path(folder), "total_timesteps": 10**9}
+        flags |= {"eval_episodes": 1, "progress": part != "training without logs"}
+        if name == "residual_ppo":
+            flags["prior"] = ROOT / "priors" / f"{env_id}.safetensors"
+        if name == "train_prior_ppo":
+            flags["export"] = Path(folder) / "prior.safetensors"
+        module.main(module.Args(**flags))
 
 
 def peer(connection: Connection, args: Args, env_id: str, num_envs: int, name: str) -> None:
