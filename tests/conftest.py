@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import safetensors
+import safetensors.numpy
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train_prior_ppo", "soft_ppo", "residual_ppo")
@@ -48,7 +50,7 @@ def run_script(name: str, *flags: object, **popen: object) -> subprocess.Complet
     """Run a script to its end."""
     process = start_script(name, *flags, **popen)
     try:
-        stdout, stderr = process.communicate(timeout=180)
+        stdout, stderr = process.communicate(timeout=400)
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
@@ -71,7 +73,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, str]]:
 
 def wait_for_rows(process: subprocess.Popen, runs_dir: Path, count: int) -> Path:
     """Wait until the only run in runs_dir has logged count iterations; return its folder."""
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while time.time() < deadline and process.poll() is None:
         for path in runs_dir.glob("*/metrics.csv"):
             if path.read_bytes().count(b"\n") > count:
@@ -79,6 +81,21 @@ def wait_for_rows(process: subprocess.Popen, runs_dir: Path, count: int) -> Path
         time.sleep(0.005)
     process.kill()
     raise AssertionError(f"{process.args} ended or hung before iteration {count}: {process.communicate()}")
+
+
+def read_policy(path: Path) -> tuple[dict, dict[str, str]]:
+    """Tensors and metadata of a policy file."""
+    with safetensors.safe_open(path, "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def write_policy(path: Path, source: Path, tensors: dict = {}, **metadata: str | None) -> Path:  # noqa: B006
+    """Write source's policy as if by hand, without its digest, with other tensors and metadata (None: without it)."""
+    before, metadata_before = read_policy(source)
+    metadata = metadata_before | {"sha256": None} | metadata
+    metadata = {name: text for name, text in metadata.items() if text is not None}
+    safetensors.numpy.save_file(before | tensors, path, metadata)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -94,8 +111,15 @@ def runs(tmp_path_factory) -> dict[str, Run]:
         export = ("--num-evals", 2, "--export", "prior.safetensors")
         train_prior = submit("train_prior_ppo", "train_prior_ppo", *cheetah, *export)
         soft = submit("soft_ppo", "soft_ppo", *PENDULUM)
+        form = ("--activation", "relu", "--state-dependent-std", "--hidden-sizes", 32, 16, "--gamma", 0.95)
+        soft_relu = submit("soft_ppo relu", "soft_ppo", *PENDULUM, *form)
         prior = train_prior.result().folder.parents[1] / "prior.safetensors"
         soft_policy = soft.result().folder / "policy.safetensors"
+        # Of an unknown temperature, and for v4, but customised in v5.
+        plain_prior = folder / "plain.safetensors"
+        write_policy(plain_prior, prior, squash="false", alpha=None, survival_reward=None)
+        plain = ("--env-id", "HalfCheetah-v5", *SHORT, "--prior", plain_prior, "--gamma", 0.9)
+        weights = ("--omega-prime", 0.1, "--alpha-hat", 0.05)
         jobs = {
             "train_prior_ppo": train_prior,
             "soft_ppo": soft,
@@ -105,6 +129,12 @@ def runs(tmp_path_factory) -> dict[str, Run]:
             "residual_ppo from scratch": submit(
                 "residual_ppo from scratch", "residual_ppo", *PENDULUM, "--addon", "none", "--prior", soft_policy,
                 "--no-init-from-prior",
+            ),
+            "residual_ppo plain": submit("residual_ppo plain", "residual_ppo", *plain, *weights),
+            "soft_ppo relu": soft_relu,
+            "residual_ppo relu": submit(
+                "residual_ppo relu", "residual_ppo", *PENDULUM, "--addon", "none", *weights, "--omega", 0.5,
+                "--prior", soft_relu.result().folder / "policy.safetensors",
             ),
         }  # fmt: skip
         return {what: job.result() for what, job in jobs.items()}

@@ -3,10 +3,14 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import BATCH, PENDULUM, read_metrics, run_script, start_script, wait_for_rows
+from conftest import BATCH, PENDULUM, ROOT, read_metrics, run_script, start_script, wait_for_rows
+
+import residual_ppo
 
 FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
 LONG = ("--env-id", "InvertedPendulum-v4", *BATCH, "--total-timesteps", 128 * 5000, "--eval-episodes", 2)
@@ -41,7 +45,7 @@ def recordings(tmp_path_factory, pendulum_prior):
 
     def finish(*processes):
         for process in processes:
-            _, stderr = process.communicate(timeout=180)
+            _, stderr = process.communicate(timeout=400)
             assert process.returncode == 0, stderr
 
     finish(start("one"), start("four", XLA_FLAGS=FOUR_DEVICES))
@@ -80,6 +84,41 @@ def test_metrics_are_of_the_environments_of_all_processes(recordings):
         assert [float(row[name]) for row in two] == pytest.approx([float(row[name]) for row in one], 1e-3, 1e-6), name
 
 
+def test_environments_have_the_same_seeds_for_any_number_of_processes(recordings):
+    shares = [recordings[name]["training_seeds"] for name in ("two-0", "two-1")]
+    np.testing.assert_array_equal(np.concatenate(shares), recordings["one"]["training_seeds"])
+    assert len(shares[0]) == len(shares[1])
+    np.testing.assert_array_equal(recordings["one"]["training_seeds"], residual_ppo.env_seeds(1, 0, 8))
+    for name in ("one", "two-0", "two-1"):  # two episodes of two policies, with sampled and deterministic actions
+        np.testing.assert_array_equal(recordings[name]["eval_seeds"], np.tile(residual_ppo.env_seeds(1, 1, 2), 4))
+
+
+def test_all_processes_evaluate(recordings):
+    """None waits for another's evaluation in the barrier at the end of the run, whose patience is limited."""
+    for name in ("one", "two-0", "two-1"):
+        assert len(recordings[name]["evaluations"]) == 1
+    np.testing.assert_array_equal(recordings["two-0"]["evaluations"], recordings["two-1"]["evaluations"])
+
+
+def test_error_in_a_run_of_several_processes_is_shown(tmp_path):
+    """And not taken for the loss of a process."""
+    (tmp_path / "fails.py").write_text(f"""
+import runpy, sys
+import envpool
+
+def make(*args, **kwargs):
+    raise ValueError("the axle is\\nbroken")
+
+envpool.make, sys.argv[0] = make, {str(ROOT / "soft_ppo.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    command = [sys.executable, "fails.py", *LONG, *cluster_flags(1)[0]]
+    process = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert process.returncode == 1
+    assert process.stderr.count("\n") == 1
+    assert "stopped by ValueError: the axle is broken" in process.stderr
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_stops_the_other_and_the_run_can_be_resumed(tmp_path, lost):
     processes = [
@@ -88,7 +127,7 @@ def test_a_lost_process_stops_the_other_and_the_run_can_be_resumed(tmp_path, los
     ]
     run_dir = wait_for_rows(processes[0], tmp_path / "runs", 3)
     processes[lost].send_signal(signal.SIGKILL)
-    stdout, stderr = processes[1 - lost].communicate(timeout=60)
+    stdout, stderr = processes[1 - lost].communicate(timeout=200)
     assert processes[1 - lost].returncode != 0
     assert "another" in stderr  # our line, or, if JAX's own watch over the coordinator is faster, JAX's
     processes[lost].communicate()
@@ -96,7 +135,7 @@ def test_a_lost_process_stops_the_other_and_the_run_can_be_resumed(tmp_path, los
         return
     assert processes[0].returncode == 1
     assert stderr.count("\n") == 1
-    assert "lost another process" in stderr
+    assert "another process was lost" in stderr
     assert str(run_dir.relative_to(tmp_path)) in stdout
 
     done = len(read_metrics(run_dir))
@@ -134,7 +173,7 @@ def test_processes_with_different_flags_do_not_train_together(tmp_path):
         for i, cluster in enumerate(cluster_flags(2))
     ]
     for process in processes:
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=400)
         assert process.returncode == 2
         assert "different flags" in stderr
     assert list(tmp_path.iterdir()) == []

@@ -1,10 +1,14 @@
 """Bad input, damaged files, kills, interrupts and divergence end as documented, and leave nothing broken behind."""
 
+import dataclasses
 import functools
 import importlib
 import itertools
+import json
+import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +18,23 @@ import flax.serialization
 import jax
 import numpy as np
 import pytest
-import safetensors
 import safetensors.numpy
 import tyro
-from conftest import PENDULUM, SCRIPTS, SHORT, read_metrics, run_script, start_script, wait_for_rows
+from conftest import (
+    PENDULUM,
+    ROOT,
+    SCRIPTS,
+    SHORT,
+    read_metrics,
+    read_policy,
+    run_script,
+    start_script,
+    wait_for_rows,
+    write_policy,
+)
 
 import residual_ppo
+import train_prior_ppo
 
 LONG = (*PENDULUM, "--total-timesteps", 128 * 150, "--checkpoint-interval", 0)
 
@@ -41,20 +56,6 @@ def files(folder):
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
-def read_policy(path):
-    """Tensors and metadata of a policy file."""
-    with safetensors.safe_open(path, "numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-def write_policy(path, source, **metadata):
-    """Write source's policy as if by hand, without its digest and with other metadata (None: leave it out)."""
-    tensors, before = read_policy(source)
-    metadata = before | {"sha256": None} | metadata
-    safetensors.numpy.save_file(tensors, path, {name: text for name, text in metadata.items() if text is not None})
-    return path
-
-
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, prior):
     """An empty working directory beside a folder of good and bad input files."""
@@ -64,7 +65,8 @@ def workplace(tmp_path, monkeypatch, prior):
     (inputs / "good.safetensors").write_bytes(prior.read_bytes())
     (inputs / "half.safetensors").write_bytes(prior.read_bytes()[: prior.stat().st_size // 2])
     (inputs / "empty.safetensors").write_bytes(b"")
-    write_policy(inputs / "plain.safetensors", prior, squash="false")
+    narrow = {"actor_logstd": np.full(6, -60, np.float32)}
+    write_policy(inputs / "narrow.safetensors", prior, narrow)
     write_policy(inputs / "no_alpha.safetensors", prior, alpha=None)
     write_policy(inputs / "alpha_0.safetensors", prior, alpha="0.0")
     (inputs / "file").write_text("in the way")
@@ -79,20 +81,23 @@ BAD_INPUT = {
     "Atari env": ("soft_ppo", ("--env-id", "Pong-v5"), "Pong-v5"),
     "dm_control env": ("train_prior_ppo", ("--env-id", "CheetahRun-v1"), "CheetahRun-v1"),
     "Gymnasium's v3": ("residual_ppo", ("--env-id", "HalfCheetah-v3"), "HalfCheetah-v3"),
-    "default prior missing": ("residual_ppo", (), r"priors/HalfCheetah-v4\.safetensors.*train_prior_ppo"),
+    "default prior missing": (
+        "residual_ppo", ("--env-id", "Reacher-v4", "--addon", "none"), r"priors/Reacher-v4\.safetensors.*train_prior",
+    ),
     "prior missing": ("residual_ppo", ("--prior", "gone.safetensors"), "gone.safetensors"),
     "prior is a folder": ("residual_ppo", ("--prior", "../inputs/folder"), "inputs/folder"),
     "prior cut in half": ("residual_ppo", ("--prior", "../inputs/half.safetensors"), "half.safetensors"),
     "prior empty": ("residual_ppo", ("--prior", "../inputs/empty.safetensors"), "empty.safetensors"),
     "prior of another env": ("residual_ppo", (*GOOD, "--env-id", "Walker2d-v4"), "HalfCheetah-v4.*Walker2d-v4"),
-    "prior squashed, policy not": ("residual_ppo", (*GOOD, "--no-squash"), "squash"),
-    "policy squashed, prior not": ("residual_ppo", ("--prior", "../inputs/plain.safetensors"), "--no-squash"),
+    "prior of no deviation": ("residual_ppo", ("--prior", "../inputs/narrow.safetensors"), "actor_logstd"),
     "prior without alpha": ("residual_ppo", ("--prior", "../inputs/no_alpha.safetensors"), "alpha.*--omega-prime"),
     "prior with alpha 0": ("residual_ppo", ("--prior", "../inputs/alpha_0.safetensors"), "alpha.*--omega-prime"),
     "alpha 0, only omega-prime": (
         "residual_ppo", ("--prior", "../inputs/alpha_0.safetensors", "--omega-prime", 0.1), "--alpha-hat",
     ),
-    "omega and omega-prime": ("residual_ppo", (*GOOD, "--omega", 1, "--omega-prime", 0.1), "--omega .*--omega-prime"),
+    "alpha 0, only alpha-hat": (
+        "residual_ppo", ("--prior", "../inputs/alpha_0.safetensors", "--alpha-hat", 0.1), "--omega-prime",
+    ),
     "hidden sizes not the prior's": ("residual_ppo", (*GOOD, "--hidden-sizes", 32, 32), "--no-init-from-prior"),
     "add-on unknown": ("residual_ppo", (*GOOD, "--addon", "fly"), "fly.*half-cheetah-front-foot"),
     "add-on of another env": ("residual_ppo", (*GOOD, "--addon", "ant-right"), "ant-right.*HalfCheetah-v4"),
@@ -105,6 +110,7 @@ BAD_INPUT = {
     "negative envs": ("soft_ppo", ("--num-envs", -8), "--num-envs"),
     "no steps": ("soft_ppo", ("--num-steps", 0), "--num-steps"),
     "no minibatches": ("soft_ppo", ("--num-minibatches", 0), "--num-minibatches"),
+    "minibatches of one step": ("soft_ppo", ("--num-minibatches", 128), "--norm-adv.*--num-minibatches"),
     "no epochs": ("soft_ppo", ("--update-epochs", 0), "--update-epochs"),
     "no evaluation": ("soft_ppo", ("--eval-episodes", 0), "--eval-episodes"),
     "no snapshots": ("train_prior_ppo", ("--num-evals", 0), "--num-evals"),
@@ -120,7 +126,10 @@ BAD_INPUT = {
     "learning rate infinite": ("soft_ppo", ("--learning-rate", "inf"), "--learning-rate"),
     "learning rate 0": ("soft_ppo", ("--learning-rate", 0), "--learning-rate"),
     "add-on coefficient NaN": ("residual_ppo", (*GOOD, "--addon-coef", "nan"), "--addon-coef"),
+    "survival reward infinite": ("residual_ppo", (*GOOD, "--survival-reward", "inf"), "--survival-reward"),
     "gamma above 1": ("soft_ppo", ("--gamma", 1.1), "--gamma"),
+    "gamma above 1 instead of the prior's": ("residual_ppo", (*GOOD, "--gamma", 1.1), "--gamma"),
+    "no discount, yet survival rewarded": ("residual_ppo", (*GOOD, "--gamma", 1), "--gamma 1.*--survival-reward 0"),
     "alpha and ent-coef": ("train_prior_ppo", ("--alpha", 0.1, "--ent-coef", 0.01), "--alpha.*--ent-coef"),
     "export exists": ("train_prior_ppo", ("--export", "../inputs/good.safetensors"), "good.safetensors"),
     "export below a file": ("train_prior_ppo", ("--export", "../inputs/file/prior.safetensors"), "inputs/file"),
@@ -171,6 +180,28 @@ def test_processes_that_fail_print_one_line_and_exit_with_2(workplace):
         assert process.stderr.startswith(f"{commands[word][0]}.py: ")
         assert word in process.stderr
     assert files(workplace) == before
+
+
+def test_platform_that_jax_lacks_ends_with_one_line(tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""}  # also where there is one
+    process = run_script("soft_ppo", *PENDULUM, cwd=tmp_path, env=environment)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
+    assert process.stderr.startswith("soft_ppo.py: ")
+    assert "JAX_PLATFORMS" in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_prior_is_here_or_else_beside_the_script(workplace):
+    """And what it says is known to be read: that its layers are not of width 32."""
+    shipped = residual_ppo.default_prior("HalfCheetah-v4")
+    assert shipped.samefile(ROOT / "priors" / "HalfCheetah-v4.safetensors")
+    assert "(64, 64)" in stop_message("residual_ppo", *SHORT, "--hidden-sizes", 32, 32)
+    here = workplace / "work" / "priors" / "HalfCheetah-v4.safetensors"
+    here.parent.mkdir()
+    here.write_bytes(b"another")
+    assert residual_ppo.default_prior("HalfCheetah-v4").samefile(here)
+    assert "cannot be used" in stop_message("residual_ppo", *SHORT)
 
 
 # ---------------------------------------------------------------------------------- damaged priors
@@ -234,6 +265,12 @@ def negative_variance(rng, tensors, metadata):
 
 
 @as_if_by_hand
+def extreme_deviation(rng, tensors, metadata):
+    tensors["actor_logstd"] = tensors["actor_logstd"].copy()
+    tensors["actor_logstd"][rng.integers(6)] = rng.choice([-1, 1]) * rng.uniform(20.1, 100)
+
+
+@as_if_by_hand
 def wrong_dtype(rng, tensors, metadata):
     name = rng.choice(sorted(tensors))
     tensors[name] = tensors[name].astype(rng.choice(["float16", "float64", "int32", "int64", "uint8", "bool"]))
@@ -256,12 +293,16 @@ def missing_metadata(rng, tensors, metadata):
 
 WRONG_METADATA = {
     "env_id": ("", "Walker2d-v4", "halfcheetah-v4", "HalfCheetah"),
-    "squash": ("", "True", "1", "false"),
+    "squash": ("", "True", "1", "none"),
     "hidden_sizes": ("", "64", "[64]", "[64, 64", "[64, -64]", "[64.0, 64.0]", '["64", "64"]', "[[64], 64]", "null"),
-    "activation": ("", "relu", "Tanh"),
+    "activation": ("", "gelu", "Tanh"),
     "alpha": ("", "nan", "inf", "-0.1", "0,1", "none"),
+    "gamma": ("", "nan", "1.1", "-0.1", "none"),
+    "survival_reward": ("", "nan", "inf", "-inf", "none"),
+    "obs_clip": ("", "nan", "0", "-1", "none"),
     "surprise": ("1",),
 }
+WRONG_METADATA["hidden_sizes"] += ("{}", "[3000000000000, 64]")  # the latter takes more memory than there is
 wrong_entries = itertools.cycle((name, value) for name, values in WRONG_METADATA.items() for value in values)
 
 
@@ -273,7 +314,7 @@ def wrong_metadata(rng, tensors, metadata):
 
 CORRUPTIONS = (
     truncate, flip_bits, flip_bits_of_the_header, append, replace_by_noise, wrong_shape, not_finite, negative_variance,
-    wrong_dtype, wrong_tensors, missing_metadata, wrong_metadata,
+    extreme_deviation, wrong_dtype, wrong_tensors, missing_metadata, wrong_metadata,
 )  # fmt: skip
 
 
@@ -281,17 +322,15 @@ CORRUPTIONS = (
 def test_corrupt_priors_are_all_refused(corruption, prior, tmp_path):
     rng = np.random.default_rng(CORRUPTIONS.index(corruption))
     data, (tensors, metadata) = prior.read_bytes(), read_policy(prior)
-    env = residual_ppo.make_env("HalfCheetah-v4", 1, 0)
-    args = residual_ppo.Args(env_id="HalfCheetah-v4")
     path = tmp_path / "prior.safetensors"
     path.write_bytes(data)
-    residual_ppo.load_policy(path, env, args)
-    for i in range(42):  # times 12 corruptions, some 500 files
+    residual_ppo.load_policy(path, "HalfCheetah-v4")
+    for i in range(45):  # times 13 corruptions, some 600 files
         corrupt = corruption(rng, data, tensors, metadata)
         assert corrupt != data
         path.write_bytes(corrupt)
         try:
-            residual_ppo.load_policy(path, env, args)
+            residual_ppo.load_policy(path, "HalfCheetah-v4")
         except residual_ppo.StopRun as stop:
             assert stop.exit_code == 2
             assert "\n" not in str(stop)
@@ -326,7 +365,16 @@ def test_resuming_with_another_script_is_refused(script, unfinished):
     assert f"{script}.py" in stop_message(script, "--resume", unfinished)
 
 
-BROKEN_ARGS = (b"", b'{"args": {"seed"', b"{}", b"[]", b'{"args": []}', b'{"args": {"speed": 1}}', b"\xff")
+BROKEN_ARGS = (
+    b"",
+    b'{"args": {"seed"',
+    b"{}",
+    b"[]",
+    b'{"args": []}',
+    b'{"args": {"speed": 1}}',
+    b"\xff",
+    b'{"args": {"num_envs": "8"}}',
+)
 
 
 @pytest.mark.parametrize("content", BROKEN_ARGS)
@@ -343,11 +391,12 @@ def test_resuming_with_a_damaged_checkpoint_is_refused(unfinished, runs):
     rng = np.random.default_rng(0)
     cut = [data[: rng.integers(len(data))] for _ in range(5)]
     damaged = [b"", data[:1], data[:-1], data + b"x", other, rng.bytes(1000), *cut]
-    for content in damaged:
-        (unfinished / "checkpoint.msgpack").write_bytes(content)
-        before = files(unfinished)
-        assert "checkpoint" in stop_message("soft_ppo", "--resume", unfinished)
-        assert files(unfinished) == before
+    for i, content in enumerate(damaged):
+        run_dir = shutil.copytree(unfinished, unfinished.with_name(f"run_{i}"))  # this process keeps the lock of each
+        (run_dir / "checkpoint.msgpack").write_bytes(content)
+        before = files(run_dir)
+        assert "the checkpoint in" in stop_message("soft_ppo", "--resume", run_dir)
+        assert files(run_dir) == before
 
 
 def test_run_killed_before_its_first_checkpoint_is_not_resumed(unfinished):
@@ -355,6 +404,45 @@ def test_run_killed_before_its_first_checkpoint_is_not_resumed(unfinished):
     (unfinished / "metrics.csv").unlink()
     assert "start a new run" in stop_message("soft_ppo", "--resume", unfinished)
     assert [path.name for path in unfinished.iterdir()] == ["args.json"]
+
+
+def test_discounted_returns_under_way_are_not_resumed_as_their_environments_start_anew(tmp_path):
+    args = residual_ppo.Args(num_envs=4, num_steps=4, num_minibatches=2)
+    template = residual_ppo.init_state(args, residual_ppo.Actor(2, (4,)), 3)
+    saved = jax.tree.map(lambda x: x + 1, template)
+    residual_ppo.save_checkpoint(tmp_path, saved)
+    loaded = residual_ppo.load_checkpoint(tmp_path, template)
+    np.testing.assert_array_equal(loaded.return_trace, np.zeros(4))
+    jax.tree.map(np.testing.assert_array_equal, loaded.replace(return_trace=saved.return_trace), saved)
+
+
+def test_export_that_appears_during_training_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    """Nor is it written to while it is there; the run is complete, and says where its prior is."""
+    train, export = train_prior_ppo.train, tmp_path / "priors" / "prior.safetensors"
+
+    def train_while_another_exports(*inputs, **more):
+        export.parent.mkdir()
+        export.write_bytes(b"of another run")
+        return train(*inputs, **more)
+
+    monkeypatch.setattr(train_prior_ppo, "train", train_while_another_exports)
+    flags = (*PENDULUM, "--num-evals", 1, "--export", export, "--runs-dir", tmp_path / "runs")
+    message = stop_message("train_prior_ppo", *flags)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert str(run_dir / "policy.safetensors") in message
+    assert str(export) in message
+    assert export.read_bytes() == b"of another run"
+    assert list(export.parent.iterdir()) == [export]
+    assert (run_dir / "eval.json").exists()
+    assert f"the prior is {export}" not in capsys.readouterr().out
+    train_prior_ppo.load_policy(run_dir / "policy.safetensors", "InvertedPendulum-v4")
+
+
+def test_prior_is_published_to_a_new_folder(tmp_path, prior):
+    export = tmp_path / "a" / "b" / "prior.safetensors"
+    train_prior_ppo.publish(prior, export)
+    assert export.read_bytes() == prior.read_bytes()
+    assert list(export.parent.iterdir()) == [export]
 
 
 # ------------------------------------------------------------------------- kills, interrupts, NaN
@@ -391,13 +479,33 @@ def test_run_killed_during_start_up_leaves_nothing_to_resume(tmp_path):
     assert "runs" in stop_message("soft_ppo", "--resume", tmp_path / "runs")
 
 
-def test_run_killed_twice_is_resumed_and_completes(tmp_path):
-    export = tmp_path / "prior.safetensors"
-    flags = (*LONG, "--num-evals", 5, "--export", export, "--runs-dir", tmp_path / "runs")
-    process = start_script("train_prior_ppo", *flags, cwd=tmp_path)
-    run_dir = wait_for_rows(process, tmp_path / "runs", 3)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder of a run killed early, its rows then, and the process that tried to resume it while it was alive."""
+    folder = tmp_path_factory.mktemp("killed")
+    flags = (*LONG, "--num-evals", 5, "--export", folder / "prior.safetensors", "--runs-dir", folder / "runs")
+    process = start_script("train_prior_ppo", *flags, cwd=folder)
+    run_dir = wait_for_rows(process, folder / "runs", 3)
+    process.send_signal(signal.SIGSTOP)
+    before = files(run_dir)
+    second = run_script("train_prior_ppo", "--resume", run_dir, cwd=folder)
+    assert files(run_dir) == before
     kill(process)
-    early, rows = iteration_of(run_dir), read_metrics(run_dir)
+    return run_dir, read_metrics(run_dir), second
+
+
+def test_second_process_cannot_go_on_with_a_run_under_way(killed):
+    run_dir, _, second = killed
+    assert second.returncode == 2
+    assert second.stderr.count("\n") == 1
+    assert "another process" in second.stderr
+    assert str(run_dir) in second.stderr
+
+
+def test_run_killed_twice_is_resumed_and_completes(killed):
+    run_dir, rows, _ = killed
+    tmp_path = run_dir.parents[1]
+    early = iteration_of(run_dir)
     assert 2 <= early < 150
 
     process = start_script("train_prior_ppo", "--resume", run_dir, cwd=tmp_path)
@@ -414,16 +522,19 @@ def test_run_killed_twice_is_resumed_and_completes(tmp_path):
     assert read_metrics(run_dir)[:early] == rows[:early]
     elapsed = [float(row["elapsed_s"]) for row in read_metrics(run_dir)]
     assert elapsed == sorted(elapsed)
-    assert export.read_bytes() == (run_dir / "policy.safetensors").read_bytes()
+    assert (tmp_path / "prior.safetensors").read_bytes() == (run_dir / "policy.safetensors").read_bytes()
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_run_interrupted_by_ctrl_c_tells_how_to_resume_and_does(tmp_path, pendulum_prior):
-    flags = (*PENDULUM, "--addon", "none", "--prior", pendulum_prior, "--total-timesteps", 128 * 150)
+def test_run_interrupted_by_ctrl_c_tells_how_to_resume_and_does(tmp_path, pendulum_prior, runs):
+    """With its own copy of the prior, and the arguments resolved at the start, whatever has become of the file."""
+    prior = tmp_path / "prior.safetensors"
+    prior.write_bytes(pendulum_prior.read_bytes())
+    flags = (*PENDULUM, "--addon", "none", "--prior", prior, "--omega", 0.5, "--total-timesteps", 128 * 150)
     process = start_script("residual_ppo", *flags, "--runs-dir", "runs", cwd=tmp_path, start_new_session=True)
     run_dir = wait_for_rows(process, tmp_path / "runs", 5)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 130
     assert stderr.count("\n") == 1
     assert "Traceback" not in stderr
@@ -431,11 +542,44 @@ def test_run_interrupted_by_ctrl_c_tells_how_to_resume_and_does(tmp_path, pendul
     assert 5 <= done < 150
     assert len(read_metrics(run_dir)) == done
 
+    write_policy(prior, runs["soft_ppo seed 2"].folder / "policy.safetensors", alpha="0.7", gamma="0.5")
     command = shlex.split(stderr[stderr.index("python ") :])
     assert command[0] == "python"
-    resumed = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    resumed = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert (resumed.returncode, resumed.stderr) == (0, "")
     assert_complete(run_dir, 150)
+
+    weights = {line for line in stdout.splitlines() if line.startswith("weights")}
+    assert len(weights) == 1
+    assert weights <= set(resumed.stdout.splitlines())
+    assert "note     gamma" not in resumed.stdout
+    assert f"prior    runs/{run_dir.name}/prior.safetensors" in resumed.stdout
+    assert (run_dir / "prior.safetensors").read_bytes() == pendulum_prior.read_bytes()
+    tensors, metadata = read_policy(run_dir / "policy.safetensors")
+    np.testing.assert_array_equal(tensors["obs_mean"], read_policy(pendulum_prior)[0]["obs_mean"])
+    texts = ((run_dir / "args.json").read_text(), metadata["training"])
+    args, resumed_args = (json.loads(text)["args"] for text in texts)
+    omega_prime, alpha_hat = residual_ppo.OMEGA_SCALE * 0.5 * 0.1, residual_ppo.ALPHA_SCALE * 0.1
+    expected = {"omega": 0.5, "omega_prime": omega_prime, "alpha_hat": alpha_hat, "gamma": 0.99}
+    expected |= {"survival_reward": float(read_policy(pendulum_prior)[1]["survival_reward"])}
+    assert {name: args[name] for name in expected} == pytest.approx(expected)
+    assert args["hidden_sizes"] == [64, 64]
+    assert {name for name in args if args[name] != resumed_args[name]} == {"resume"}
+
+
+def test_run_of_residual_ppo_is_resumed_without_the_original_prior(tmp_path, runs, monkeypatch):
+    """A run killed at its end, so that nothing but the evaluation is left to do."""
+    source, run_dir = runs["residual_ppo"].folder, tmp_path / "run"
+    run_dir.mkdir()
+    for name in ("metrics.csv", "checkpoint.msgpack", "prior.safetensors"):
+        (run_dir / name).write_bytes((source / name).read_bytes())
+    content = json.loads((source / "args.json").read_text())
+    content["args"]["prior"] = str(tmp_path / "gone.safetensors")
+    (run_dir / "args.json").write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    residual_ppo.main(residual_ppo.Args(resume=run_dir))
+    ours, theirs = (json.loads((folder / "eval.json").read_text()) for folder in (run_dir, source))
+    assert ours == theirs
 
 
 def test_run_that_diverges_stops_with_its_last_finite_state(tmp_path):
@@ -453,6 +597,14 @@ def test_run_that_diverges_stops_with_its_last_finite_state(tmp_path):
 
 def test_runs_begun_in_the_same_second_get_folders_of_their_own(tmp_path):
     args = residual_ppo.Args(runs_dir=tmp_path)
-    first, second = residual_ppo.create_run(args), residual_ppo.create_run(args)
+    (first, _), (second, _) = residual_ppo.open_run(args, None, {}), residual_ppo.open_run(args, None, {})
     assert first != second
     assert all((folder / "args.json").exists() for folder in (first, second))
+
+
+def test_run_folder_belongs_to_one_process_at_a_time(tmp_path):
+    args = residual_ppo.Args(runs_dir=tmp_path)
+    run_dir, _ = residual_ppo.open_run(args, None, {"prior.safetensors": b"a prior"})
+    assert (run_dir / "prior.safetensors").read_bytes() == b"a prior"
+    with pytest.raises(residual_ppo.StopRun, match="another process"):
+        residual_ppo.open_run(dataclasses.replace(args, resume=run_dir), None, {})

@@ -1,22 +1,25 @@
 """The scripts run, learn and reproduce themselves on real MuJoCo, and EnvPool does what they rely on."""
 
+import dataclasses
 import json
+import re
 import struct
-from functools import partial
+from types import SimpleNamespace
 
+import envpool
 import flax.serialization
 import gymnasium
-import imageio.v3
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import PENDULUM, SCRIPTS, read_metrics, run_script
+from conftest import ROOT, SCRIPTS, read_metrics, read_policy
 from tensorboardX.proto.event_pb2 import Event
 
 import residual_ppo
 import soft_ppo
+import train_prior_ppo
 
 V4_AND_V5 = ("v4", "v5")
 ENVS = [f"{task.env}-{version}" for task in residual_ppo.ADDON_TASKS.values() if task.env for version in V4_AND_V5]
@@ -33,31 +36,63 @@ def numpy_mean(tensors, obs):
     return x
 
 
+def saved_args(run_dir):
+    """The arguments in args.json."""
+    return json.loads((run_dir / "args.json").read_text())["args"]
+
+
 def without_clock(rows):
     """Rows of metrics.csv without the columns that tell the time."""
     return [{name: value for name, value in row.items() if name not in ("elapsed_s", "steps_per_s")} for row in rows]
 
 
-def random_policy(env, scale=1.0):
-    """A two-layer policy that is anything but neutral, with a deviation of 0.3."""
-    actor = residual_ppo.Actor(env.action_dim, (16,))
-    params = actor.init(jax.random.PRNGKey(0), jnp.zeros(env.obs_dim))["params"]
-    kernel = scale * jax.random.normal(jax.random.PRNGKey(1), params["Dense_1"]["kernel"].shape)
-    log_std = jnp.full(env.action_dim, jnp.log(0.3))
-    params = params | {"log_std": log_std, "Dense_1": params["Dense_1"] | {"kernel": kernel}}
-    stats = residual_ppo.RunningStats(jnp.zeros(env.obs_dim), jnp.ones(env.obs_dim), jnp.float32(1))
-    return actor, residual_ppo.Policy({"params": params}, stats)
+def random_policy(env_id, scale=1.0, **form):
+    """A two-layer policy that is anything but neutral, with a deviation of about 0.3; form: options of Actor."""
+    spec = envpool.make_spec(env_id)
+    obs_dim, action_dim = *spec.observation_space.shape, *spec.action_space.shape
+    actor = residual_ppo.Actor(action_dim, (16,), **form)
+    params = actor.init(jax.random.PRNGKey(0), jnp.zeros(obs_dim))["params"]
+    kernel = scale * jax.random.normal(jax.random.PRNGKey(1), params["actor_mean.2"]["kernel"].shape)
+    log_std = jnp.full(action_dim, jnp.log(0.3))
+    if actor.state_dependent_std:
+        log_std = params["actor_logstd"] | {"bias": log_std}
+    params = params | {"actor_logstd": log_std, "actor_mean.2": params["actor_mean.2"] | {"kernel": kernel}}
+    stats = residual_ppo.RunningStats(jnp.zeros(obs_dim), jnp.ones(obs_dim), jnp.float32(1))
+    return residual_ppo.Policy({"params": params}, stats, actor)
 
 
-def play(env, addon, squash, actions):
+def play(env, actions):
     """Step with actions (num_steps, num_envs, action_dim): transitions, observations returned, and states."""
-    step = jax.jit(partial(residual_ppo.env_step, env, addon, squash))
-    state, states, transitions = residual_ppo.reset_env(env), [], []
+    step, state, states, transitions = jax.jit(env.step), env.reset(), [], []
     for action in actions:
         state, transition = step(state, jax.device_put(np.float32(action), jax.devices("cpu")[0]))
         states.append(jax.tree.map(np.array, state))
         transitions.append(jax.tree.map(np.array, transition))
     return jax.tree.map(lambda *x: np.stack(x), *transitions), np.stack([s.obs for s in states]), states
+
+
+def seeds(seed, num_envs):
+    """Seeds of environments to train in."""
+    return residual_ppo.env_seeds(seed, 0, num_envs)
+
+
+def bounded_action(monkeypatch, env_id, squash, raw):
+    """What EnvPool is given for actions raw (num_envs, action_dim) before squashing or clipping."""
+    spec, received = envpool.make_spec(env_id), []
+
+    def xla_step(handle, action):
+        received.append(action)
+        zeros = jnp.zeros(len(raw))
+        return handle, (jnp.zeros((len(raw), 1), jnp.float64), zeros, zeros > 1, zeros > 1, {})
+
+    pool = SimpleNamespace(action_space=spec.action_space, observation_space=spec.observation_space)
+    pool.xla, pool.reset = lambda: (jnp.zeros(()), None, None, xla_step), lambda: (np.zeros((len(raw), 1)), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(residual_ppo.envpool, "make", lambda *args, **kwargs: pool)
+        env = residual_ppo.make_env(env_id, NO_ADDON, squash, np.arange(len(raw)))
+    env.step(env.reset(), jnp.asarray(raw))
+    assert received[0].dtype == np.float64
+    return np.asarray(received[0])
 
 
 # ------------------------------------------------------------------------------------- short runs
@@ -68,7 +103,8 @@ def test_args_json_tells_what_the_run_depends_on(runs, name):
     content = json.loads((runs[name].folder / "args.json").read_text())
     assert content["args"]["num_envs"] == 8
     assert content["args"]["total_timesteps"] == 1024
-    assert {"jax", "flax", "envpool", "mujoco", "numpy"} <= content["packages"].keys()
+    assert {"jax", "flax", "envpool", "numpy"} <= content["packages"].keys()
+    assert re.fullmatch(r"3\.\d+\.\d+", content["mujoco_in_envpool"])
     assert "git_commit" in content
     assert runs[name].folder.name.startswith(f"{content['args']['env_id']}__{name}__1__")
 
@@ -102,19 +138,6 @@ def test_learning_curve_is_a_picture(runs, name):
     assert len(data) > 5000
 
 
-def test_video_shows_an_episode_or_names_the_missing_package(tmp_path):
-    flags = (*PENDULUM, "--runs-dir", tmp_path / "runs", "--capture-video")
-    process = run_script("soft_ppo", *flags)
-    if process.returncode == 2:  # a machine without a renderer
-        assert "libegl1" in process.stderr
-        assert not (tmp_path / "runs").exists()
-    else:
-        (path,) = tmp_path.glob("runs/*/video.mp4")
-        frames = imageio.v3.imread(path)  # (frames, height, width, 3)
-        assert frames.shape[0] > 3
-        assert frames.std() > 1
-
-
 @pytest.mark.parametrize(
     ("name", "policies"),
     [("train_prior_ppo", {"prior"}), ("soft_ppo", {"policy"}), ("residual_ppo", {"prior", "customised"})],
@@ -127,7 +150,9 @@ def test_eval_json_holds_every_episode_of_each_policy(runs, name, policies):
             episodes = content[policy]["episodes"][actions]
             assert {len(column) for column in episodes.values()} == {2}
             assert np.isfinite(list(episodes.values())).all()
-            assert {"basic", "addon", "total", "metric", "length"} <= episodes.keys()
+            assert episodes.keys() == {
+                "objective", "total", "basic", "addon", "quantity", "length", "log_prob",
+            }  # fmt: skip
             for name, column in episodes.items():
                 assert content[policy]["mean"][actions][name] == pytest.approx(np.mean(column))
                 assert content[policy]["std"][actions][name] == pytest.approx(np.std(column))
@@ -147,6 +172,7 @@ def test_output_without_a_terminal_is_plain_lines(runs, name):
 def test_nothing_unexpected_is_left_behind(runs, name):
     expected = {"args.json", "metrics.csv", "checkpoint.msgpack"}
     expected |= {"policy.safetensors", "eval.json", "learning_curve.png"}
+    expected |= {"prior.safetensors"} if name == "residual_ppo" else set()
     left = {path.name for path in runs[name].folder.iterdir()}
     assert {path for path in left if not path.startswith("events.out.tfevents.")} == expected
     outside = {path.name for path in runs[name].folder.parents[1].iterdir()}
@@ -160,12 +186,12 @@ def test_policy_file_holds_the_parameters_of_the_last_checkpoint(runs, name):
     tensors = safetensors.numpy.load_file(folder / "policy.safetensors")
     params = state["params"]["actor"]["params"]
     assert state["iteration"] == 8
-    np.testing.assert_array_equal(tensors["actor_logstd"], params["log_std"])
+    np.testing.assert_array_equal(tensors["actor_logstd"], params["actor_logstd"])
     np.testing.assert_array_equal(tensors["obs_mean"], state["obs_stats"]["mean"])
     np.testing.assert_array_equal(tensors["obs_var"], state["obs_stats"]["var"])
     for i in range(3):
-        np.testing.assert_array_equal(tensors[f"actor_mean.{2 * i}.weight"], params[f"Dense_{i}"]["kernel"].T)
-        np.testing.assert_array_equal(tensors[f"actor_mean.{2 * i}.bias"], params[f"Dense_{i}"]["bias"])
+        np.testing.assert_array_equal(tensors[f"actor_mean.{2 * i}.weight"], params[f"actor_mean.{2 * i}"]["kernel"].T)
+        np.testing.assert_array_equal(tensors[f"actor_mean.{2 * i}.bias"], params[f"actor_mean.{2 * i}"]["bias"])
 
 
 def test_exported_prior_is_the_run_s_policy(runs, prior):
@@ -212,7 +238,7 @@ def test_soft_ppo_learns_to_balance_the_pendulum(learning_runs):
 
 def test_residual_ppo_straightens_the_front_foot(learning_runs):
     content = json.loads((learning_runs["residual_ppo"].folder / "eval.json").read_text())
-    angles = {policy: np.array(content[policy]["episodes"]["stochastic"]["metric"]) for policy in content}
+    angles = {policy: np.array(content[policy]["episodes"]["stochastic"]["quantity"]) for policy in content}
     prior, customised = angles["prior"], angles["customised"]
     standard_error = np.sqrt(prior.var(ddof=1) / len(prior) + customised.var(ddof=1) / len(customised))
     assert prior.mean() - customised.mean() > 6 * standard_error
@@ -233,27 +259,38 @@ def test_learned_policy_balances_as_well_in_gymnasium(learning_runs):
 
 
 @pytest.mark.parametrize("squash", [True, False])
-def test_saved_policy_is_loaded_the_same(tmp_path, squash):
-    env = residual_ppo.make_env("Hopper-v4", 2, 0)
-    args = residual_ppo.Args(env_id="Hopper-v4", squash=squash)
-    actor, policy = random_policy(env)
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("state_dependent_std", [False, True])
+@pytest.mark.parametrize("obs_clip", [10.0, 5.0, np.inf])
+def test_saved_policy_is_loaded_the_same(tmp_path, squash, activation, state_dependent_std, obs_clip):
+    form = {"activation": activation, "state_dependent_std": state_dependent_std, "obs_clip": obs_clip}
+    policy = random_policy("Hopper-v4", squash=squash, **form)
     path = tmp_path / "policy.safetensors"
-    results = residual_ppo.evaluate(env, NO_ADDON, actor, squash, policy, 1.0, 0)
-    residual_ppo.save_policy(path, actor, policy, args, 0.25, results)
-    loaded_actor, loaded, metadata = residual_ppo.load_policy(path, env, args)
-    with safetensors.safe_open(path, "numpy") as file:
-        assert metadata == file.metadata()
+    rng = np.random.default_rng(0)
+    names = ("objective", "total", "basic", "addon", "quantity", "length", "log_prob")
+    results = {actions: {name: rng.uniform(1, 9, 20) for name in names} for actions in ("stochastic", "deterministic")}
+    residual_ppo.save_policy(path, policy, residual_ppo.Args(env_id="Hopper-v4", gamma=0.97), 0.25, results)
+    loaded, metadata = residual_ppo.load_policy(path, "Hopper-v4")
+    assert metadata == read_policy(path)[1]
     expected = {"env_id": "Hopper-v4", "squash": str(squash).lower(), "alpha": "0.25", "hidden_sizes": "[16]"}
+    expected |= {"activation": activation, "gamma": "0.97", "obs_clip": str(obs_clip)}
     assert expected.items() <= metadata.items()
-    assert loaded_actor == actor
+    sampled = results["stochastic"]
+    survival_reward = (sampled["objective"] - 0.25 * sampled["log_prob"] * sampled["length"]).sum()
+    assert float(metadata["survival_reward"]) == pytest.approx(survival_reward / sampled["length"].sum())
+    for actions in results:
+        basic = results[actions]["basic"]
+        assert f"{actions} {basic.mean():.0f} ± {basic.std():.0f}" in metadata["returns"]
+    assert loaded.actor == policy.actor
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(policy.params)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, policy.params)
     np.testing.assert_array_equal(loaded.obs_stats.mean, policy.obs_stats.mean)
     np.testing.assert_array_equal(loaded.obs_stats.var, policy.obs_stats.var)
     obs, action = jax.random.normal(jax.random.PRNGKey(2), (5, 11)), jax.random.normal(jax.random.PRNGKey(3), (5, 3))
-    np.testing.assert_array_equal(
-        residual_ppo.policy_log_prob(loaded_actor, loaded, squash, obs, action),
-        residual_ppo.policy_log_prob(actor, policy, squash, obs, action),
-    )
+    log_prob = residual_ppo.policy_log_prob(policy, 9 * obs, action)
+    np.testing.assert_array_equal(residual_ppo.policy_log_prob(loaded, 9 * obs, action), log_prob)
+    other_clip = policy.replace(actor=dataclasses.replace(policy.actor, obs_clip=1.0))
+    assert (residual_ppo.policy_log_prob(other_clip, 9 * obs, action) != log_prob).any()
 
 
 @pytest.mark.parametrize("script", [residual_ppo, soft_ppo], ids=["residual_ppo", "soft_ppo"])
@@ -272,8 +309,7 @@ def test_policy_file_written_with_numpy_has_the_documented_meaning(tmp_path, scr
     metadata |= {"hidden_sizes": "[64, 64]", "activation": "tanh"}
     path = tmp_path / "policy.safetensors"
     safetensors.numpy.save_file(tensors | critic, path, metadata)
-    env = script.make_env("HalfCheetah-v4", 2, 0)
-    actor, policy, loaded_metadata = script.load_policy(path, env, script.Args(env_id="HalfCheetah-v4", squash=squash))
+    policy, loaded_metadata = script.load_policy(path, "HalfCheetah-v4")
     assert loaded_metadata == metadata
 
     obs, action = rng.normal(0, 3, (50, 17)).astype(np.float32), rng.normal(0, 1.5, (50, 6)).astype(np.float32)
@@ -282,19 +318,126 @@ def test_policy_file_written_with_numpy_has_the_documented_meaning(tmp_path, scr
     expected = (-0.5 * ((u - mean) / np.exp(log_std)) ** 2 - log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
     if squash:
         expected -= np.log1p(-(np.tanh(u) ** 2)).sum(-1)
-    np.testing.assert_allclose(
-        script.policy_log_prob(actor, policy, squash, obs, action), expected, rtol=2e-5, atol=2e-4
-    )
+    np.testing.assert_allclose(script.policy_log_prob(policy, obs, action), expected, rtol=2e-5, atol=2e-4)
 
 
 def test_policy_of_soft_ppo_is_a_prior_for_residual_ppo(pendulum_prior, runs):
-    args = json.loads((runs["residual_ppo from scratch"].folder / "args.json").read_text())["args"]
+    args = saved_args(runs["residual_ppo from scratch"].folder)
     assert args["prior"] == str(pendulum_prior)
     content = json.loads((runs["residual_ppo from scratch"].folder / "eval.json").read_text())
     assert np.mean(content["prior"]["episodes"]["deterministic"]["length"]) >= 1
 
 
+def test_policy_of_another_form_is_continued_in_its_own(runs):
+    """Of ReLU layers, with a deviation that is an output of the network."""
+    prior, prior_metadata = read_policy(runs["soft_ppo relu"].folder / "policy.safetensors")
+    ours, metadata = read_policy(runs["residual_ppo relu"].folder / "policy.safetensors")
+    expected = {"activation": "relu", "hidden_sizes": "[32, 16]", "squash": "true", "obs_clip": "10.0", "gamma": "0.95"}
+    assert expected.items() <= prior_metadata.items()
+    assert expected.items() <= metadata.items()
+    assert prior["actor_logstd.weight"].shape == (1, 16)
+    assert {k: x.shape for k, x in ours.items()} == {k: x.shape for k, x in prior.items()}
+    assert all((ours[k] != prior[k]).any() for k in ("actor_logstd.weight", "actor_mean.0.weight", "actor_mean.4.bias"))
+    np.testing.assert_array_equal(ours["obs_mean"], prior["obs_mean"])
+    rows = read_metrics(runs["residual_ppo relu"].folder)
+    assert abs(float(rows[0]["kl_to_prior"])) < 1e-6 < abs(float(rows[-1]["kl_to_prior"]))
+
+
+def test_run_folder_holds_the_prior_that_was_customised(runs, prior):
+    assert (runs["residual_ppo"].folder / "prior.safetensors").read_bytes() == prior.read_bytes()
+
+
+@pytest.mark.parametrize("what", ["train_prior_ppo", "soft_ppo", "soft_ppo relu", "residual_ppo", "residual_ppo relu"])
+def test_survival_reward_is_that_of_the_episodes_in_eval_json(runs, what):
+    """Mean r - alpha mean log pi over their steps; r is omega r + r_R, as omega is given."""
+    folder = runs[what].folder
+    metadata, args = read_policy(folder / "policy.safetensors")[1], saved_args(folder)
+    *_, results = json.loads((folder / "eval.json").read_text()).values()
+    episodes = {name: np.array(column) for name, column in results["episodes"]["stochastic"].items()}
+    omega, alpha = args.get("omega", 1.0), float(metadata["alpha"])
+    reward, log_prob = omega * episodes["basic"] + episodes["addon"], episodes["log_prob"] * episodes["length"]
+    expected = (reward.sum() - alpha * log_prob.sum()) / episodes["length"].sum()
+    assert float(metadata["survival_reward"]) == pytest.approx(expected)
+    assert log_prob.any()
+
+
+def test_discount_is_recorded_and_the_prior_s_is_the_default(runs, prior):
+    assert read_policy(prior)[1]["gamma"] == "0.99"
+    gammas = {"residual_ppo": 0.99, "residual_ppo relu": 0.95, "residual_ppo plain": 0.9}
+    for what, gamma in gammas.items():
+        folder = runs[what].folder
+        assert saved_args(folder)["gamma"] == gamma
+        assert read_policy(folder / "policy.safetensors")[1]["gamma"] == str(gamma)
+    noted = {what for what in gammas if "note     gamma is 0.9," in runs[what].process.stdout}
+    assert noted == {"residual_ppo plain"}
+
+
+def test_prior_of_another_version_of_the_environment_is_noted(runs):
+    lines = {what: runs[what].process.stdout.splitlines() for what in ("residual_ppo", "residual_ppo plain")}
+    notes = {what: [x for x in lines[what] if x.startswith("note") and "HalfCheetah-v4" in x] for what in lines}
+    assert not notes["residual_ppo"]
+    (note,) = notes["residual_ppo plain"]
+    assert "HalfCheetah-v5" in note
+
+
+def test_unsquashed_prior_is_customised_as_it_is(runs):
+    metadata = read_policy(runs["residual_ppo plain"].folder / "policy.safetensors")[1]
+    assert metadata["squash"] == "false"
+    rows = read_metrics(runs["residual_ppo plain"].folder)
+    assert abs(float(rows[0]["kl_to_prior"])) < 1e-6
+
+
+def test_objective_is_reported_only_where_omega_defines_it(runs):
+    """Without it a prior of unknown temperature says nothing of the basic reward's weight."""
+    folders = {what: runs[f"residual_ppo {what}"].folder for what in ("plain", "relu")}
+    contents = {what: json.loads((folder / "eval.json").read_text()) for what, folder in folders.items()}
+    tables = {what: runs[f"residual_ppo {what}"].process.stdout for what in folders}
+    args = saved_args(folders["plain"])
+    weights = {"omega": None, "omega_prime": 0.1, "alpha_hat": 0.05, "survival_reward": 0.0}
+    assert weights.items() <= args.items()
+    assert (weights | {"omega": 0.5}).items() <= saved_args(folders["relu"]).items()
+    assert "objective" not in json.dumps(contents["plain"]) + tables["plain"]
+    assert "survival_reward" not in read_policy(folders["plain"] / "policy.safetensors")[1]
+    assert "total" in tables["plain"]
+    assert "objective" in tables["relu"]
+    for policy in ("prior", "customised"):
+        episodes = contents["relu"][policy]["episodes"]["stochastic"]
+        np.testing.assert_allclose(
+            episodes["objective"], 0.5 * np.array(episodes["basic"]) + np.array(episodes["addon"])
+        )
+
+
+@pytest.mark.parametrize("script", [residual_ppo, train_prior_ppo], ids=["residual_ppo", "train_prior_ppo"])
+def test_shipped_priors_are_read(script):
+    paths = sorted((ROOT / "priors").glob("*.safetensors"))
+    assert len(paths) >= 5
+    for path in paths:
+        policy, metadata = script.load_policy(path, path.stem)
+        assert metadata["env_id"] == path.stem
+        assert policy.actor.obs_clip == 10
+        assert float(metadata["alpha"]) > 0
+
+
 # -------------------------------------------------------------------------- EnvPool and Gymnasium
+
+
+def test_seeds_of_different_runs_and_roles_share_none():
+    """Nor do those of the evaluations of the prior that is trained, which are of the next seed."""
+    drawn = [residual_ppo.env_seeds(seed, role, 512) for seed in (0, 1, 2, 3, 2**30 - 1) for role in (0, 1)]
+    assert len(np.unique(np.concatenate(drawn))) == sum(len(x) for x in drawn)
+    for x in drawn:
+        assert x.min() >= 0
+        assert x.max() < 2**31
+
+
+def test_environments_of_different_runs_start_from_different_states():
+    starts = {
+        (seed, i): residual_ppo.make_env("HalfCheetah-v4", NO_ADDON, True, seeds(seed, 64)).reset().obs
+        for seed in (1, 2)
+        for i in range(2)
+    }
+    np.testing.assert_array_equal(starts[1, 0], starts[1, 1])
+    assert len(np.unique(np.concatenate([starts[1, 0], starts[2, 0]]), axis=0)) == 128
 
 
 def gymnasium_twin(env_id, obs):
@@ -309,16 +452,16 @@ def gymnasium_twin(env_id, obs):
 
 @pytest.mark.parametrize("env_id", [*ENVS, "InvertedPendulum-v4", "InvertedPendulum-v5"])
 def test_envpool_steps_as_gymnasium_does_from_the_same_state(env_id):
-    env = residual_ppo.make_env(env_id, 1, 3)
-    obs = env.pool.reset()[0][0]
+    pool = envpool.make(env_id, env_type="gymnasium", num_envs=1, seed=3)
+    obs = pool.reset()[0][0]
     twin, state_dim = gymnasium_twin(env_id, obs)
     assert obs.shape == twin.observation_space.shape
     # Contacts of the free bodies amplify rounding quickly.
     steps, tolerance = (4, 5e-3) if env_id.startswith(("Ant", "Humanoid")) else (25, 1e-4)
     rng, compared = np.random.default_rng(0), 0
     for _ in range(steps):
-        action = rng.uniform(env.low, env.high)
-        obs, reward, terminated, truncated, _ = env.pool.step(action[None])
+        action = rng.uniform(pool.action_space.low, pool.action_space.high)
+        obs, reward, terminated, truncated, _ = pool.step(action[None])
         twin_obs, twin_reward, twin_terminated, _, _ = twin.step(action)
         np.testing.assert_allclose(obs[0, :state_dim], twin_obs[:state_dim], atol=tolerance)
         np.testing.assert_allclose(reward[0], twin_reward, atol=tolerance)
@@ -353,9 +496,10 @@ def test_addon_task_reads_the_quantity_it_names_from_the_simulation(name, versio
     seen = []
     for _ in range(10):
         obs, *_ = env.step(env.action_space.sample())
-        metric, reward = QUANTITIES[name](env.data)
-        np.testing.assert_allclose(task.function(jnp.asarray(obs)), (reward, metric), rtol=1e-5, atol=1e-5)
-        seen.append(metric)
+        quantity, reward = QUANTITIES[name](env.data)
+        ours = task.quantity(jnp.asarray(obs))
+        np.testing.assert_allclose((task.reward(ours), ours), (reward, quantity), rtol=1e-5, atol=1e-5)
+        seen.append(quantity)
     assert np.ptp(seen) > 1e-3
     if task.env == "Hopper":  # the joint's coordinate is the height above the ground
         env.set_state(env.data.qpos, env.data.qvel)
@@ -364,22 +508,30 @@ def test_addon_task_reads_the_quantity_it_names_from_the_simulation(name, versio
 
 @pytest.mark.parametrize(("env_id", "squash"), [("Hopper-v4", True), ("Hopper-v5", False), ("Walker2d-v4", False)])
 def test_evaluation_agrees_with_episodes_played_in_gymnasium(env_id, squash):
-    env, task = residual_ppo.make_env(env_id, 100, 5), residual_ppo.choose_addon(None, env_id, 2.0)
-    actor, policy = random_policy(env, scale=0.2)
-    ours = residual_ppo.evaluate(env, task, actor, squash, policy, 0.5, 0)["deterministic"]
-    act = jax.jit(lambda obs: actor.apply(policy.params, residual_ppo.normalise(obs, policy.obs_stats))[0])
-    twin, theirs = gymnasium.make(env_id), {"basic": [], "addon": [], "metric": [], "length": []}
+    task, policy = residual_ppo.choose_addon(None, env_id, 2.0), random_policy(env_id, scale=0.2, squash=squash)
+    env = residual_ppo.make_env(env_id, task, squash, np.tile(residual_ppo.env_seeds(5, 1, 100), 2))
+    ours = residual_ppo.evaluate(env, {"policy": policy}, 0.5, 0)["policy"]["deterministic"]
+    assert {len(column) for column in ours.values()} == {100}
+
+    @jax.jit
+    def act(obs):
+        mean, _ = residual_ppo.action_distribution(policy, obs)
+        return mean, residual_ppo.policy_log_prob(policy, obs, mean)
+
+    twin, theirs = gymnasium.make(env_id), {"basic": [], "addon": [], "quantity": [], "length": [], "log_prob": []}
     for seed in range(60):
-        (obs, _), done, basic, addon = twin.reset(seed=seed), False, [], []
+        (obs, _), done, basic, quantities, log_probs = twin.reset(seed=seed), False, [], [], []
         while not done:
-            action = np.float64(act(np.float32(obs)))
-            action = np.tanh(action) if squash else np.clip(action, -1, 1)
+            action, log_prob = act(np.float32(obs))
+            action = np.tanh(np.float64(action)) if squash else np.clip(np.float64(action), -1, 1)
             obs, reward, terminated, truncated, _ = twin.step(action)
             done = terminated or truncated
             basic.append(reward)
-            addon.append(task.function(obs))
-        rewards, metrics = np.transpose(addon)
-        episode = {"basic": sum(basic), "addon": 2 * rewards.sum(), "metric": metrics.mean(), "length": len(basic)}
+            quantities.append(task.quantity(obs))
+            log_probs.append(log_prob)
+        addon = 2 * sum(task.reward(quantity) for quantity in quantities)
+        episode = {"basic": sum(basic), "addon": addon, "length": len(basic)}
+        episode |= {"quantity": np.mean(quantities), "log_prob": np.mean(log_probs)}
         theirs = {name: [*column, episode[name]] for name, column in theirs.items()}
     for name, column in theirs.items():
         error = np.sqrt(np.var(ours[name]) / len(ours[name]) + np.var(column) / len(column))
@@ -389,11 +541,53 @@ def test_evaluation_agrees_with_episodes_played_in_gymnasium(env_id, squash):
 
 
 @pytest.fixture(scope="module")
+def hopper_evaluation():
+    """An untrained policy, evaluated against itself and another in Hopper-v4; and the sums over its episodes."""
+    task, policy = residual_ppo.choose_addon(None, "Hopper-v4", 1.0), random_policy("Hopper-v4")
+    env_seeds = np.tile(residual_ppo.env_seeds(1, 1, 8), 6)
+    policies = {"one": policy, "same": policy, "other": random_policy("Hopper-v4", scale=2.0)}
+    env = residual_ppo.make_env("Hopper-v4", task, True, env_seeds)
+    sums, first_episodes = [], residual_ppo.first_episodes
+
+    def recording_first_episodes(*inputs):
+        sums.append(first_episodes(*inputs))
+        return sums[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(residual_ppo, "first_episodes", recording_first_episodes)
+        results = residual_ppo.evaluate(env, policies, None, 1)
+    return env_seeds, results, jax.tree.map(lambda x: x[:8], sums[0])
+
+
+def test_policies_are_evaluated_in_pairs(hopper_evaluation):
+    """From the same initial states, with the same noise: a policy and itself differ in nothing."""
+    env_seeds, results, _ = hopper_evaluation
+    starts = residual_ppo.make_env("Hopper-v4", NO_ADDON, True, env_seeds).reset().obs.reshape(6, 8, -1)
+    np.testing.assert_array_equal(starts, np.broadcast_to(starts[:1], starts.shape))
+    assert len(np.unique(starts[0], axis=0)) == 8
+    jax.tree.map(np.testing.assert_array_equal, results["one"], results["same"])
+    for actions in ("stochastic", "deterministic"):
+        assert (results["one"][actions]["basic"] != results["other"][actions]["basic"]).all()
+    assert (results["one"]["stochastic"]["basic"] != results["one"]["deterministic"]["basic"]).all()
+
+
+def test_log_reports_the_means_of_the_evaluation(hopper_evaluation):
+    """That of the quantity, too: a mean over episodes of their means, however long they are."""
+    _, results, sums = hopper_evaluation
+    episodes = results["one"]["stochastic"]
+    assert len(np.unique(episodes["length"])) > 1
+    metrics = residual_ppo.episode_metrics({name: x for name, x in sums.items() if name != "log_prob"})
+    names = {"basic": "basic_return", "addon": "addon_return", "total": "total_return", "length": "episode_length"}
+    for column, name in (names | {"quantity": "addon_quantity"}).items():
+        assert float(metrics[name]) == pytest.approx(episodes[column].mean(), rel=1e-5), column
+
+
+@pytest.fixture(scope="module")
 def hopper_episodes():
-    """Hopper-v4 under random actions: env_step's results over 150 steps in 6 environments, several episodes each."""
+    """Hopper-v4 under random actions: results of Env.step over 150 steps in 6 environments, several episodes each."""
     task = residual_ppo.choose_addon(None, "Hopper-v4", 3.0)
     actions = np.random.default_rng(7).normal(0, 1, (150, 6, 3))
-    result = play(residual_ppo.make_env("Hopper-v4", 6, 11), task, True, actions)
+    result = play(residual_ppo.make_env("Hopper-v4", task, True, seeds(11, 6)), actions)
     assert result[0].terminated.sum() > 12
     return actions, *result
 
@@ -412,11 +606,11 @@ def test_step_after_an_end_ignores_its_action(hopper_episodes):
     actions, transitions, obs, _ = hopper_episodes
     others = np.where(transitions.valid[..., None], actions, -5 * actions)
     task = residual_ppo.choose_addon(None, "Hopper-v4", 3.0)
-    _, same_obs, _ = play(residual_ppo.make_env("Hopper-v4", 6, 11), task, True, others)
+    _, same_obs, _ = play(residual_ppo.make_env("Hopper-v4", task, True, seeds(11, 6)), others)
     assert (others != actions).any()
     np.testing.assert_array_equal(same_obs, obs)
     others[3] = -actions[3]
-    _, other_obs, _ = play(residual_ppo.make_env("Hopper-v4", 6, 11), task, True, others[:5])
+    _, other_obs, _ = play(residual_ppo.make_env("Hopper-v4", task, True, seeds(11, 6)), others[:5])
     assert (other_obs[3] != obs[3]).any()
 
 
@@ -438,42 +632,44 @@ def test_observation_before_a_step_is_the_one_the_last_step_returned(hopper_epis
 def test_episode_sums_are_sums_over_valid_steps(hopper_episodes):
     _, transitions, obs, states = hopper_episodes
     height = np.where(transitions.valid, obs[..., 0], 0)
-    columns = (transitions.basic_reward, transitions.addon_reward, height, transitions.valid)
+    columns = {"basic": transitions.basic_reward, "addon": transitions.addon_reward}
+    columns |= {"quantity": height, "length": transitions.valid}
+    assert columns.keys() == states[-1].finished.keys() == states[-1].running.keys()
     for env in range(6):
         ends = np.flatnonzero(transitions.terminated[:, env])
         start, end = ends[-2] + 1, ends[-1] + 1
-        for column, finished, running in zip(columns, states[-1].finished, states[-1].running, strict=True):
+        for name, column in columns.items():
+            finished, running = states[-1].finished[name], states[-1].running[name]
             np.testing.assert_allclose(finished[env], np.float64(column[start:end, env]).sum(), rtol=1e-4)
             np.testing.assert_allclose(running[env], np.float64(column[end:, env]).sum(), rtol=1e-4, atol=1e-5)
-        assert np.isnan(states[ends[0] - 1].finished.length[env])
+        assert np.isnan(states[ends[0] - 1].finished["length"][env])
 
 
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "InvertedPendulum-v4"])
 def test_time_limit_of_1000_steps_truncates_and_does_not_terminate(env_id, learning_runs):
-    env = residual_ppo.make_env(env_id, 2, 0)
+    env = residual_ppo.make_env(env_id, NO_ADDON, True, seeds(0, 2))
     args = residual_ppo.Args(env_id=env_id, num_envs=2, num_steps=1002)
-    actor, policy = random_policy(env)
+    policy = random_policy(env_id)
     if env_id == "InvertedPendulum-v4":
-        actor, policy, _ = residual_ppo.load_policy(learning_runs["soft_ppo"].folder / "policy.safetensors", env, args)
-        policy.params["params"]["log_std"] -= 10
-    state, transitions = residual_ppo.rollout(env, NO_ADDON, actor, args, policy, residual_ppo.reset_env(env), 0)
+        policy, _ = residual_ppo.load_policy(learning_runs["soft_ppo"].folder / "policy.safetensors", env_id)
+        policy.params["params"]["actor_logstd"] -= 10
+    state, transitions = residual_ppo.rollout(env, args, policy, env.reset(), 0)
+    assert transitions.obs.shape == (1003, 2, env.obs_dim)
+    np.testing.assert_array_equal(transitions.obs[-1], state.obs)
     truncated = np.zeros((1002, 2), bool)
     truncated[999] = True
     np.testing.assert_array_equal(transitions.truncated, truncated)
     assert not np.any(transitions.terminated)
     np.testing.assert_array_equal(transitions.valid[1:], ~truncated[:-1])
-    np.testing.assert_array_equal(state.finished.length, 1000)
+    np.testing.assert_array_equal(state.finished["length"], 1000)
 
 
 @pytest.mark.parametrize(("env_id", "bound"), [("Humanoid-v4", 0.4), ("InvertedPendulum-v4", 3), ("Pusher-v5", 2)])
 @pytest.mark.parametrize("squash", [True, False])
-def test_actions_fill_the_bounds_of_the_environment_and_no_more(env_id, bound, squash):
-    env = residual_ppo.make_env(env_id, 1, 0)
+def test_actions_fill_the_bounds_of_the_environment_and_no_more(monkeypatch, env_id, bound, squash):
     space = gymnasium.make(env_id).action_space
-    np.testing.assert_array_equal(env.low, space.low)
-    np.testing.assert_array_equal(env.high, space.high)
-    raw = np.random.default_rng(0).normal(0, 5, (1000, env.action_dim)).astype(np.float32)
-    actions = np.asarray(residual_ppo.env_action(raw, env.low, env.high, squash))
+    raw = np.random.default_rng(0).normal(0, 5, (1000, *space.shape)).astype(np.float32)
+    actions = bounded_action(monkeypatch, env_id, squash, raw)
     assert (actions >= space.low).all()
     assert (actions <= space.high).all()
     np.testing.assert_allclose([actions.min(), actions.max()], [-bound, bound], rtol=1e-3)
@@ -486,9 +682,9 @@ def test_actions_fill_the_bounds_of_the_environment_and_no_more(env_id, bound, s
     ("env_id", "bound", "tolerance"), [("InvertedPendulum-v4", 3, 1e-6), ("Humanoid-v5", 0.4, 1e-3)]
 )
 def test_environment_receives_the_action_in_its_own_units(env_id, bound, tolerance, squash):
-    env = residual_ppo.make_env(env_id, 1, 2)
+    env = residual_ppo.make_env(env_id, NO_ADDON, squash, seeds(2, 1))
     raw = np.random.default_rng(3).normal(0, 2 * bound, (2, 1, env.action_dim)).astype(np.float32)
-    transitions, obs, _ = play(env, NO_ADDON, squash, raw)
+    transitions, obs, _ = play(env, raw)
     twin, state_dim = gymnasium_twin(env_id, np.float64(transitions.obs[0, 0]))
     for i in range(2):
         action = bound * np.tanh(raw[i, 0]) if squash else np.clip(raw[i, 0], -bound, bound)
@@ -498,11 +694,10 @@ def test_environment_receives_the_action_in_its_own_units(env_id, bound, toleran
 
 
 @pytest.mark.parametrize("squash", [True, False])
-def test_pusher_is_charged_for_the_bounded_action(squash):
-    env = residual_ppo.make_env("Pusher-v5", 1, 2)
-    env.pool.reset()
+def test_pusher_is_charged_for_the_bounded_action(monkeypatch, squash):
+    pool = envpool.make("Pusher-v5", env_type="gymnasium", num_envs=1, seed=2)
+    pool.reset()
     raw = np.float32([[-9, -1, -0.3, 0, 0.2, 1, 9]])
-    action = np.asarray(residual_ppo.env_action(raw, env.low, env.high, squash), np.float64)
-    *_, info = env.pool.step(action)
+    *_, info = pool.step(bounded_action(monkeypatch, "Pusher-v5", squash, raw))
     expected = 2 * np.tanh(raw) if squash else np.clip(raw, -2, 2)
     assert info["reward_ctrl"][0] == pytest.approx(-0.1 * (np.float64(expected) ** 2).sum(), rel=1e-4)
