@@ -3,22 +3,26 @@
 python priors/evaluate.py --episodes 50
 """
 
+import dataclasses
 import datetime
 import json
 import sys
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import gymnasium
-import jax
 import numpy as np
 import tyro
 
-PRIORS = Path(__file__).parent
+PRIORS = Path(__file__).resolve().parent
 sys.path.insert(0, str(PRIORS.parent))
+import enjoy  # noqa: E402
 import residual_ppo as rpg  # noqa: E402
 import train_prior_ppo  # noqa: E402
+
+START, END = "<!-- evaluate.py writes from here -->\n", "<!-- to here -->"
+NUMBERS = {"alpha": "alpha", "measured alpha": "measured_alpha", "gamma": "gamma", "survival reward": "survival_reward"}
+HEADER = ["prior", *NUMBERS, "actions", "basic return, EnvPool", "basic return, Gymnasium", "length", "add-on", "total"]
 
 
 @dataclass(frozen=True)
@@ -27,83 +31,76 @@ class Args:
     """episodes in each simulator, with sampled and again with deterministic actions"""
     seed: int = 1000
     """seed of the environments and the sampling"""
+    readme: Path = PRIORS / "README.md"
+    """file with the two markers between which the table goes"""
 
 
-def gymnasium_returns(env_id, actor, policy, squash, noise_scale, episodes, seed):
-    """Returns (episodes,) of the basic reward in Gymnasium's own environment."""
-    envs = gymnasium.make_vec(env_id, num_envs=episodes, vectorization_mode="sync")
-    act = jax.jit(lambda obs: actor.apply(policy.params, rpg.normalise(obs, policy.obs_stats)))
-    rng = np.random.default_rng(seed)
-    low, high = envs.single_action_space.low, envs.single_action_space.high
-    obs, _ = envs.reset(seed=seed)
-    returns, alive = np.zeros(episodes), np.ones(episodes, bool)
-    while alive.any():
-        mean, log_std = jax.device_get(act(obs.astype(np.float32)))
-        action = mean + noise_scale * np.exp(log_std) * rng.normal(size=mean.shape)
-        obs, reward, terminated, truncated, _ = envs.step(np.asarray(rpg.env_action(action, low, high, squash)))
-        returns += alive * reward
-        alive &= ~(terminated | truncated)
-    envs.close()
-    return returns
-
-
-def training_command(training):
-    """The command that trains such a prior with today's defaults, from the arguments that a policy file records."""
-    defaults = json.loads(json.dumps(asdict(train_prior_ppo.Args()), default=str))
-    ignored = ("export", "runs_dir", "progress", "eval_episodes", "checkpoint_interval")
-    flags = [
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in training["args"].items()
-        if name == "env_id" or (name not in ignored and value != defaults.get(name, value))
+def envpool_results(policy: rpg.Policy, env_id: str, args: Args) -> dict[str, dict[str, np.ndarray]]:
+    """{"stochastic", "deterministic"} -> {"basic", ...} -> (episodes,), in the simulator of the training."""
+    addon = rpg.choose_addon(None, env_id, 1.0)
+    seeds = np.tile(rpg.env_seeds(args.seed, 1, args.episodes), 2)  # with either actions
+    return rpg.evaluate(rpg.make_env(env_id, addon, policy.actor.squash, seeds), {"prior": policy}, None, args.seed)[
+        "prior"
     ]
-    return f"python train_prior_ppo.py {' '.join(flags)}"
 
 
-def mean_and_interval(x):
+def gymnasium_returns(path: Path, env_id: str, deterministic: bool, args: Args) -> np.ndarray:
+    """Returns (episodes,) of the basic reward in Gymnasium's own environment, by the reader that knows no JAX."""
+    policy, addon = enjoy.read_policy(path), enjoy.ADDON_TASKS["none"]
+    env = enjoy.make_gymnasium(env_id, [policy])
+    flags = enjoy.Args(path, episodes=args.episodes, seed=args.seed, deterministic=deterministic)
+    (episodes,) = enjoy.play_all(env, [policy], addon, flags)
+    env.close()
+    return np.array([episode.basic for episode in episodes])
+
+
+def mean_and_interval(x: np.ndarray) -> str:
     """Mean and its 95 % confidence interval."""
     return f"{x.mean():.0f} ± {1.96 * x.std(ddof=1) / len(x) ** 0.5:.0f}"
 
 
+def flag(name: str, value: Any) -> str:
+    """A flag of the command line."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def recipe(training: dict[str, Any]) -> str:
+    """How a policy was made, from what its file records: a command with today's defaults, where a script trained it."""
+    if "args" not in training:
+        return ", ".join(f"{name} {value}" for name, value in training.items())
+    given, default = training["args"], json.loads(json.dumps(vars(train_prior_ppo.Args()), default=str))
+    names = [field.name for field in dataclasses.fields(train_prior_ppo.Args)]
+    names = ["env_id", "seed", "num_evals", *names[names.index("env_id") + 1 :]]  # what else is before has no effect
+    changed = [name for name in names if name in given and (name == "env_id" or given[name] != default[name])]
+    flags = " ".join(flag(name, given[name]) for name in changed)
+    commit = (training["git_commit"] or "unknown")[:7]
+    return f"`python train_prior_ppo.py {flags}`, {given['total_timesteps']:,} steps, commit `{commit}`"
+
+
 def main(args: Args) -> None:
-    warnings.filterwarnings("ignore", message=".*is out of date")
-    rows, recipes = [], []
+    """Evaluate and write."""
+    if any(args.readme.read_text().count(marker) != 1 for marker in (START, END)):
+        sys.exit(f"{args.readme} does not have the lines {START.strip()} and {END}")
+    rows, recipes = [HEADER, ["---"] * len(HEADER)], []
     for path in sorted(PRIORS.glob("*.safetensors")):
         env_id = path.stem
-        env = rpg.make_env(env_id, args.episodes, args.seed)
-        actor, policy, info = rpg.load_policy(path, env, rpg.Args(env_id=env_id))
-        training = json.loads(info["training"])
-        addon = rpg.choose_addon(None, env_id, 1.0)
-        results = rpg.evaluate(env, addon, actor, True, policy, 1.0, args.seed)
-        for actions, noise_scale in (("stochastic", 1.0), ("deterministic", 0.0)):
-            columns = results[actions]
-            other = gymnasium_returns(env_id, actor, policy, True, noise_scale, args.episodes, args.seed)
-            cells = [mean_and_interval(columns[name]) for name in ("basic", "length", "addon", "total")]
-            rows.append([env_id, info["alpha"], actions, cells[0], mean_and_interval(other), *cells[1:]])
+        policy, metadata = rpg.load_policy(path, env_id)
+        numbers = [f"{float(metadata[x]):.4g}" if x in metadata else "–" for x in NUMBERS.values()]
+        for actions, results in envpool_results(policy, env_id, args).items():
+            other = gymnasium_returns(path, env_id, actions == "deterministic", args)
+            columns = (results["basic"], other, results["length"], results["addon"], results["total"])
+            rows.append([env_id, *numbers, actions, *map(mean_and_interval, columns)])
             print(" | ".join(rows[-1]), flush=True)
-        steps = training["args"]["total_timesteps"]
-        recipes.append(
-            f"- {env_id}: `{training_command(training)}`, {steps:,} steps, commit `{training['git_commit'][:7]}`"
-        )
-    header = [
-        "prior",
-        "alpha",
-        "actions",
-        "basic return, EnvPool",
-        "basic return, Gymnasium",
-        "length",
-        "add-on",
-        "total",
-    ]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
-    text = (PRIORS / "README.md").read_text()
-    start, end = "<!-- evaluate.py writes from here -->\n", "<!-- to here -->"
-    before, after = text.partition(start)[0], text.partition(end)[2]
+        recipes.append(f"- {env_id}: {recipe(json.loads(metadata.get('training', '{}')))}")
     made = f"`python priors/evaluate.py --episodes {args.episodes}`, {datetime.date.today()}"
     note = f"{made}: {args.episodes} episodes a row, mean ± 95 % confidence interval of the mean."
-    recipe = "\n".join(recipes)
-    (PRIORS / "README.md").write_text(
-        f"{before}{start}{note}\n\n{table}\n\nHow they were made:\n\n{recipe}\n{end}{after}"
-    )
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    before, _, rest = args.readme.read_text().partition(START)
+    text = "\n\n".join([note, table, "How they were made:", "\n".join(recipes)])
+    args.readme.write_text(f"{before}{START}{text}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":
