@@ -1,16 +1,19 @@
 """Measure how fast the scripts train, beside raw EnvPool stepping and beside Stable-Baselines3 and SBX.
 
     pip install -r requirements.txt -r requirements-bench.txt && python benchmark/throughput.py
+    python benchmark/throughput.py --against ../other-checkout --rounds 20
 
 Everything measured has a process of its own that waits until it is its turn; the turns alternate, over several rounds.
 So whatever else the machine does falls on all alike, and ratios are taken within a round.  Peers that are not installed
-are left out.  Writes benchmark/results/throughput.csv (every measurement), throughput.md (tables) and throughput.png.
+are left out.  Writes benchmark/results/throughput.csv (every measurement), throughput.md (tables) and throughput.png;
+with --against, only prints.
 """
 
 import contextlib
 import csv
 import datetime
 import importlib.util
+import inspect
 import multiprocessing
 import os
 import platform
@@ -45,6 +48,8 @@ class Args:
     """length of a turn, rounded up to whole iterations"""
     only: tuple[str, ...] = ()
     """measure only what has one of these words in its name, and draw nothing; "raw", "training", "SBX", ..."""
+    against: Path | None = None
+    """measure only residual_ppo.py's training and update, here and in this other checkout, each with its own priors"""
     peers: bool = True
     """measure Stable-Baselines3 and SBX, where installed"""
     peer_envs: int = 8
@@ -73,19 +78,8 @@ class Row(NamedTuple):
 # ---------------------------------------------------------------------- what is measured, each in its own process
 
 
-def take_turns(connection: Connection, seconds: float, iterate: Callable[[], int]) -> None:
-    """Answer each message from the connection with the speed of iterate, which returns the steps that it did."""
-    iterate()  # compiles
-    connection.send("ready")
-    while connection.recv():
-        start, steps = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            steps += iterate()
-        connection.send(steps / (time.perf_counter() - start))
-
-
 class Turns:
-    """The same for a loop that cannot be called step by step: to be called from it, after every iteration."""
+    """Answers each message from the connection with the speed of a loop that calls this after every iteration."""
 
     def __init__(self, connection: Connection, seconds: float, warm_up: int = 2):
         self.connection, self.seconds, self.left = connection, seconds, warm_up
@@ -117,62 +111,63 @@ def raw_stepping(connection: Connection, args: Args, env_id: str, num_envs: int)
     space = pool.action_space
     actions = np.random.default_rng(1).uniform(space.low, space.high, (32, num_envs, *space.shape))
     pool.reset()
-
-    def iterate():
+    turns = Turns(connection, args.seconds)
+    while True:
         for action in actions:
             pool.step(action)
-        return len(actions) * num_envs
-
-    take_turns(connection, args.seconds, iterate)
+        turns(len(actions) * num_envs)
 
 
-def script(connection: Connection, args: Args, env_id: str, num_envs: int, name: str, part: str) -> None:
+def script(
+    connection: Connection, args: Args, env_id: str, num_envs: int, name: str, part: str, root: Path = ROOT
+) -> None:
     """A script's own main up to its training loop, and then that loop (part "training") or a part of it.
 
-    The part "training without logs" leaves out what is not learning: progress bar, logs, and checkpoints.
+    The parts "rollout" and "update" repeat the first that the loop asks for.  The part "training without logs" leaves
+    out what is not learning: progress bar, logs, and checkpoints.  The script may be an older one; it needs
+    a train with the parameters update, args and after, and a rollout that ends in the parameters state and iteration.
     """
     import jax
     import rich.console
 
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(root))
     module: ModuleType = importlib.import_module(name)
     module.CONSOLE = rich.console.Console(file=open(os.devnull, "w"), force_terminal=True, width=120)  # noqa: SIM115
-    train = module.train
+    turns, train, rollout = Turns(connection, args.seconds), module.train, module.rollout
 
-    def measure(env, addon, actor, update, script_args, state, run_dir, after=None):
-        batch_size = script_args.num_envs * script_args.num_steps
-        turns = Turns(connection, args.seconds)
+    def measure(*given, **_):
+        arguments = inspect.signature(train).bind(*given).arguments
+        batch_size, update = arguments["args"].num_envs * arguments["args"].num_steps, arguments["update"]
+
+        def rollouts(*fixed_and_start):
+            *fixed, env_state, iteration = fixed_and_start
+            while True:
+                env_state, _ = jax.block_until_ready(rollout(*fixed, env_state, iteration))
+                iteration += 1
+                turns(batch_size)
+
+        def updates(*inputs):
+            while True:
+                jax.block_until_ready(update(*inputs))
+                turns(batch_size)
+
+        if part == "rollout":
+            module.rollout = rollouts
+        elif part == "update":
+            arguments["update"] = updates
+        else:
+            arguments["after"] = lambda _: turns(batch_size)
         if part == "training without logs":
             module.save_checkpoint = lambda *_: None
             module.RunLog.write = lambda *_: None
-        if part.startswith("training"):
-            return train(env, addon, actor, update, script_args, state, run_dir, after=lambda _: turns(batch_size))
-        policy = jax.device_get(module.Policy(state.params["actor"], state.obs_stats))
-        env_state, iteration = module.reset_env(env), 0
-        env_state, transitions = module.rollout(env, addon, actor, script_args, policy, env_state, 0)
-        data, spec = (state, transitions, env_state.obs), jax.sharding.PartitionSpec
-        layouts = tuple(module.across_devices(x) for x in (spec(), spec(None, "data"), spec("data")))
-        state, transitions, last_obs = jax.device_put(data, layouts)
-
-        def rollout():
-            nonlocal env_state, iteration
-            iteration += 1
-            result = module.rollout(env, addon, actor, script_args, policy, env_state, iteration)
-            env_state, _ = jax.block_until_ready(result)
-            return batch_size
-
-        def one_update():
-            jax.block_until_ready(update(state, transitions, last_obs))
-            return batch_size
-
-        return take_turns(connection, args.seconds, rollout if part == "rollout" else one_update)
+        train(**arguments)
 
     module.train = measure
     with tempfile.TemporaryDirectory() as folder:
         flags = {"env_id": env_id, "num_envs": num_envs, "runs_dir": Path(folder), "total_timesteps": 10**9}
-        flags |= {"eval_episodes": 1, "progress": part != "training without logs"}
+        flags |= {"eval_episodes": 1, "progress": part == "training"}
         if name == "residual_ppo":
-            flags["prior"] = ROOT / "priors" / f"{env_id}.safetensors"
+            flags["prior"] = root / "priors" / f"{env_id}.safetensors"
         if name == "train_prior_ppo":
             flags["export"] = Path(folder) / "prior.safetensors"
         module.main(module.Args(**flags))
@@ -302,8 +297,7 @@ def measure(args: Args) -> list[Row]:
         if args.peers:
             peers = {"SB3": "stable_baselines3", "SBX": "sbx"}
             contestants |= {n: (peer, n) for n, package in peers.items() if importlib.util.find_spec(package)}
-        chosen = {k: v for k, v in contestants.items() if not args.only or any(word in k for word in args.only)}
-        rows += compete(args, env_id, args.num_envs, chosen, args.rounds)
+        rows += compete(args, env_id, args.num_envs, chosen(args, contestants), args.rounds)
     for i in range(3 if args.start else 0):
         for env_id in args.env_ids:
             with tempfile.TemporaryDirectory() as cache:
@@ -313,135 +307,165 @@ def measure(args: Args) -> list[Row]:
                     rows.append(Row(env_id, args.num_envs, f"memory {what}", i, memory, "MB"))
                     print(f"{env_id}: start {what} {seconds:.1f} s, {memory:.0f} MB", flush=True)
     for num_envs in args.scale:
-        contestants = {
-            "raw stepping": (raw_stepping,),
-            "residual_ppo training": (script, "residual_ppo", "training"),
-        }
-        rows += [
-            row._replace(what=f"scale {row.what}") for row in compete(args, args.scale_env_id, num_envs, contestants, 3)
-        ]
+        contestants = {"scale raw stepping": (raw_stepping,)}
+        contestants |= {"scale residual_ppo training": (script, "residual_ppo", "training")}
+        rows += compete(args, args.scale_env_id, num_envs, contestants, 3)
         with tempfile.TemporaryDirectory() as cache:
             _, memory = start_up(args.scale_env_id, num_envs, Path(cache))
         rows.append(Row(args.scale_env_id, num_envs, "scale memory", 0, memory, "MB"))
     return rows
 
 
+def measure_against(args: Args) -> list[Row]:
+    """Training and update of residual_ppo.py, here and in the other checkout."""
+    rows, checkouts = [], {"here": ROOT, "there": args.against.resolve()}
+    for env_id in args.env_ids:
+        contestants = {
+            f"{part} {where}": (script, "residual_ppo", part, root)
+            for part in ("training", "update")
+            for where, root in checkouts.items()
+        }
+        rows += compete(args, env_id, args.num_envs, chosen(args, contestants), args.rounds)
+    return rows
+
+
+def chosen(args: Args, contestants: dict[str, tuple]) -> dict[str, tuple]:
+    """Those that --only names."""
+    return {k: v for k, v in contestants.items() if not args.only or any(word in k for word in args.only)}
+
+
 # --------------------------------------------------------------------------------------------------- report
 
 
-def spread(values: list[float], digits: int = 2) -> str:
+Data = dict[tuple[str, int, str], np.ndarray]  # (env_id, num_envs, what) -> what was measured, over the rounds
+
+
+def collect(rows: list[Row]) -> Data:
+    """The measurements of each kind; none, (0,), of what was not measured."""
+    data = defaultdict(lambda: np.zeros(0))
+    for row in rows:
+        key = row.env_id, row.num_envs, row.what
+        data[key] = np.append(data[key], row.value)
+    return data
+
+
+def spread(values: np.ndarray, digits: int = 2) -> str:
     """Median (lowest to highest)."""
-    if not values:
+    if not len(values):
         return "–"
     return f"{np.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def report(args: Args, rows: list[Row]) -> str:
-    """The tables in Markdown, ratios first."""
+def ratios(data: Data, env_id: str, num_envs: int, what: str, other: str) -> np.ndarray:
+    """Quotients within the rounds, where both were measured."""
+    x, y = data[env_id, num_envs, what], data[env_id, num_envs, other]
+    return x / y if len(x) and len(y) else np.zeros(0)
+
+
+def table(*lines: list[str]) -> str:
+    """A table in Markdown."""
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([text[0], "|---" * len(lines[0]) + "|", *text[1:]]) + "\n"
+
+
+def ratio_table(args: Args, data: Data, pairs: dict[str, tuple[str, str]]) -> str:
+    """Ratios, {label: (what, other)}, of every environment."""
+    cells = {k: [spread(ratios(data, x, args.num_envs, *pair)) for x in args.env_ids] for k, pair in pairs.items()}
+    return table(["ratio", *args.env_ids], *([label, *line] for label, line in cells.items()))
+
+
+def value_table(args: Args, data: Data, title: str, lines: dict[str, tuple[str, int]]) -> str:
+    """Measurements, {label: (what, digits)}, of every environment."""
+    cells = {k: [spread(data[x, args.num_envs, what], n) for x in args.env_ids] for k, (what, n) in lines.items()}
+    return table([title, *args.env_ids], *([label, *line] for label, line in cells.items()))
+
+
+def scale_table(args: Args, data: Data) -> str:
+    """Speed and memory over the number of environments."""
+    lines, env_id = [], args.scale_env_id
+    for n in args.scale:
+        training, raw, memory = (
+            data[env_id, n, f"scale {x}"] for x in ("residual_ppo training", "raw stepping", "memory")
+        )
+        numbers = [f"{np.median(x):.0f}" for x in (training, raw, memory)]
+        lines.append([str(n), *numbers[:2], spread(training / raw), numbers[2]])
+    return table([f"`--num-envs`, {env_id}", "training, steps/s", "raw stepping, steps/s", "ratio", "MB"], *lines)
+
+
+def commit(root: Path) -> str:
+    """What is checked out there, with "-dirty" if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def conditions(args: Args) -> str:
+    """What, besides the scripts, the numbers depend on."""
     import jax
 
-    data = defaultdict(list)
-    for row in rows:
-        data[row.env_id, row.num_envs, row.what].append(row.value)
-    training = [what for what in dict.fromkeys(row.what for row in rows) if what.endswith("training")]
-    training = [what for what in training if not what.startswith("scale")]
-
-    def ratios(env_id, what, other, num_envs=args.num_envs):
-        pairs = zip(data[env_id, num_envs, what], data[env_id, num_envs, other], strict=not args.only)
-        return spread([x / y for x, y in pairs])
-
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commits = " against ".join(f"`{commit(root)}`" for root in (ROOT, args.against) if root)
     with open("/proc/cpuinfo") as file:
         model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
-    lines = [
+    return (
         f"{os.cpu_count()} cores of {model}, updates on {jax.devices()[0].device_kind}, Python "
-        f"{platform.python_version()}, jax {jax.__version__}, commit `{git.stdout.strip()}`, {datetime.date.today()}; "
+        f"{platform.python_version()}, jax {jax.__version__}, commit {commits}, {datetime.date.today()}; "
         f"{args.num_envs} environments, {args.rounds} alternating rounds of {args.seconds:g} s: median (lowest to "
-        f"highest) of the ratios within a round, resp. of steps per second.",
-        "",
-        "| ratio | " + " | ".join(args.env_ids) + " |",
-        "|---" * (len(args.env_ids) + 1) + "|",
-    ]
+        f"highest) of the ratios within a round, resp. of steps per second.\n"
+    )
 
-    def line(label, cell):
-        lines.append(f"| {label} | " + " | ".join(cell(env_id) for env_id in args.env_ids) + " |")
 
-    for what in training:
-        line(
-            f"`{what.replace(' ', '.py`, ')} ÷ raw stepping",
-            lambda env_id, what=what: ratios(env_id, what, "raw stepping"),
-        )
-    line("rollout ÷ raw stepping", lambda env_id: ratios(env_id, "rollout", "raw stepping"))
+def report(args: Args, rows: list[Row]) -> str:
+    """The tables in Markdown, ratios first."""
+    data, measured = collect(rows), list(dict.fromkeys(row.what for row in rows))
+    if args.against:
+        parts = [what.removesuffix(" here") for what in measured if what.endswith(" here")]
+        pairs = {f"{part}, here ÷ there": (f"{part} here", f"{part} there") for part in parts}
+        speeds = value_table(args, data, "steps per second", {what: (what, 0) for what in measured})
+        return "\n".join([conditions(args), ratio_table(args, data, pairs), speeds])
+
+    training = [f"{name} training" for name in SCRIPTS if f"{name} training" in measured]
+    peers = [name for name in ("SBX", "SB3") if name in measured]
+    pairs = {f"`{what.replace(' ', '.py`, ')} ÷ raw stepping": (what, "raw stepping") for what in training}
+    pairs["rollout ÷ raw stepping"] = ("rollout", "raw stepping")
     with_logs, without = "residual_ppo training", "residual_ppo training without logs"
-    line("training with logs and checkpoints ÷ without", lambda env_id: ratios(env_id, with_logs, without))
-    peers = [name for name in ("SBX", "SB3") if any(row.what == name for row in rows)]
-    for name in peers:
-        line(
-            f"`soft_ppo.py`, training ÷ {name} PPO", lambda env_id, name=name: ratios(env_id, "soft_ppo training", name)
-        )
-
-    lines += ["", "| steps per second | " + " | ".join(args.env_ids) + " |", "|---" * (len(args.env_ids) + 1) + "|"]
-    for what in ("raw stepping", "rollout", "update", *training, *peers):
-        line(what, lambda env_id, what=what: spread(data[env_id, args.num_envs, what], 0))
+    pairs["training with logs and checkpoints ÷ without"] = (with_logs, without)
+    pairs |= {f"`soft_ppo.py`, training ÷ {name} PPO": ("soft_ppo training", name) for name in peers}
+    speeds = {what: (what, 0) for what in ("raw stepping", "rollout", "update", *training, *peers)}
+    texts = [conditions(args), ratio_table(args, data, pairs), value_table(args, data, "steps per second", speeds)]
+    start = {
+        "process start to first update, s": ("start cold", 1),
+        "the same with JAX's cache, s": ("start cached", 1),
+        "peak memory, MB": ("memory cold", 0),
+        "the same with JAX's cache, MB": ("memory cached", 0),
+    }
     if args.start:
-        lines += [
-            "",
-            "| `residual_ppo.py` | " + " | ".join(args.env_ids) + " |",
-            "|---" * (len(args.env_ids) + 1) + "|",
-        ]
-        line("process start to first update, s", lambda env_id: spread(data[env_id, args.num_envs, "start cold"], 1))
-        line("the same with JAX's cache, s", lambda env_id: spread(data[env_id, args.num_envs, "start cached"], 1))
-        line("peak memory, MB", lambda env_id: spread(data[env_id, args.num_envs, "memory cold"], 0))
-        line("the same with JAX's cache, MB", lambda env_id: spread(data[env_id, args.num_envs, "memory cached"], 0))
+        texts.append(value_table(args, data, "`residual_ppo.py`", start))
     if args.scale:
-        lines += ["", f"| `--num-envs`, {args.scale_env_id} | training, steps/s | raw stepping, steps/s | ratio | MB |"]
-        lines += ["|---" * 5 + "|"]
-        for n in args.scale:
-            fast, raw = (data[args.scale_env_id, n, f"scale {x}"] for x in ("residual_ppo training", "raw stepping"))
-            ratio = ratios(args.scale_env_id, "scale residual_ppo training", "scale raw stepping", n)
-            memory = data[args.scale_env_id, n, "scale memory"][0]
-            lines.append(f"| {n} | {np.median(fast):.0f} | {np.median(raw):.0f} | {ratio} | {memory:.0f} |")
-    return "\n".join(lines) + "\n"
+        texts.append(scale_table(args, data))
+    return "\n".join(texts)
 
 
 def draw(args: Args, rows: list[Row], path: Path) -> None:
     """Speed relative to raw stepping, and speed over the number of environments."""
     import matplotlib.figure
 
-    data = defaultdict(list)
-    for row in rows:
-        data[row.env_id, row.num_envs, row.what].append(row.value)
-    shown = (
-        "rollout",
-        "residual_ppo training",
-        "soft_ppo training",
-        "train_prior_ppo training",
-        "SBX",
-        "SB3",
-    )
-    shown = [what for what in shown if (args.env_ids[0], args.num_envs, what) in data]
+    data, measured = collect(rows), {row.what for row in rows}
+    shown = [what for what in ("rollout", *(f"{name} training" for name in SCRIPTS), "SBX", "SB3") if what in measured]
     figure = matplotlib.figure.Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for i, what in enumerate(shown):
-        heights, errors = [], []
-        for env_id in args.env_ids:
-            raw = np.array(data[env_id, args.num_envs, "raw stepping"])
-            ratio = np.array(data[env_id, args.num_envs, what]) / raw
-            heights.append(np.median(ratio))
-            errors.append((np.median(ratio) - ratio.min(), ratio.max() - np.median(ratio)))
+        bars = [ratios(data, env_id, args.num_envs, what, "raw stepping") for env_id in args.env_ids]
+        low, heights, high = np.transpose([np.quantile(x, (0, 0.5, 1)) for x in bars])
         x = np.arange(len(args.env_ids)) + (i - (len(shown) - 1) / 2) * 0.8 / len(shown)
-        left.bar(x, heights, 0.75 / len(shown), yerr=np.transpose(errors), label=what, error_kw={"lw": 1})
+        errors = heights - low, high - heights
+        left.bar(x, heights, 0.75 / len(shown), yerr=errors, label=what, error_kw={"lw": 1})
     left.axhline(1, color="black", lw=1)
     left.set_xticks(np.arange(len(args.env_ids)), args.env_ids)
     left.set_ylabel("steps per second ÷ raw EnvPool stepping")
-    left.set_ylim(0, 1.45)
+    left.margins(y=0.4)  # room for the legend
     left.legend(ncols=2, fontsize=8, loc="upper left")
-    for what, label in (
-        ("scale raw stepping", "raw stepping"),
-        ("scale residual_ppo training", "residual_ppo training"),
-    ):
-        speeds = [np.median(data[args.scale_env_id, n, what]) for n in args.scale]
-        right.plot(args.scale, speeds, "o-", label=label)
+    for what in ("raw stepping", "residual_ppo training"):
+        speeds = [np.median(data[args.scale_env_id, n, f"scale {what}"]) for n in args.scale]
+        right.plot(args.scale, speeds, "o-", label=what)
     right.set_xscale("log", base=2)
     right.set_xticks(args.scale, [str(n) for n in args.scale])
     right.set_xlabel(f"environments, {args.scale_env_id}")
@@ -453,6 +477,9 @@ def draw(args: Args, rows: list[Row], path: Path) -> None:
 
 def main(args: Args) -> None:
     """Measure and write the results."""
+    if args.against:
+        print(report(args, measure_against(args)))
+        return
     rows = measure(args)
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "throughput.csv", "w", newline="") as file:
