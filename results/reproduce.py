@@ -1,0 +1,321 @@
+"""Run what the tables of results need, and write the tables and pictures.
+
+    python results/reproduce.py customisation              # run what is missing, then write the table and the picture
+    python results/reproduce.py customisation --no-run     # write them from results/customisation.csv alone
+    python results/reproduce.py survival --smoke           # the same with tiny budgets, in results/smoke
+
+Each run is a row of results/<table>.csv, added when the run is done; a run that has its row is not repeated. So the
+command can be interrupted, and given again. Besides requirements.txt it needs SciPy (requirements-dev.txt).
+"""
+
+import csv
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import matplotlib.figure
+import numpy as np
+import safetensors
+import scipy.stats
+import tyro
+
+RESULTS = Path(__file__).resolve().parent
+ROOT = RESULTS.parent
+SMOKE_FLAGS = (
+    *("--num-envs", "8", "--num-steps", "16", "--num-minibatches", "4"),
+    *("--total-timesteps", "512", "--eval-episodes", "2"),
+)
+COLUMNS = ("total", "basic", "addon", "quantity")
+
+
+class Setting(NamedTuple):
+    """What is run with each seed: a row of a table."""
+
+    env_id: str
+    label: str
+    flags: str = ""
+    script: str = "residual_ppo"
+
+
+def alpha_of(env_id: str) -> float:
+    """The nominal temperature of the shipped prior, in units of reward per nat."""
+    with safetensors.safe_open(ROOT / "priors" / f"{env_id}.safetensors", "numpy") as file:
+        return float(file.metadata()["alpha"])
+
+
+def weights(env_id: str, omega_prime: float, alpha_hat: float) -> str:
+    """Flags for omega' and alpha_hat, given as multiples of the prior's temperature: the plain objective."""
+    alpha = alpha_of(env_id)
+    return f"--omega 1 --omega-prime {omega_prime * alpha:.6g} --alpha-hat {alpha_hat * alpha:.6g}"
+
+
+def default() -> Iterator[Setting]:
+    """Customisation with default flags, on every environment that has a prior."""
+    for env_id in ("Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Swimmer-v4", "Humanoid-v4"):
+        yield Setting(env_id, "omega = 1")
+    yield Setting("Ant-v4", "omega = 0.5", "--omega 0.5")
+
+
+def customisation() -> Iterator[Setting]:
+    """The paper's table: what the methods make of the same prior."""
+    for env_id in ("Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"):
+        yield Setting(env_id, "Greedy PPO", weights(env_id, 0, RULE[1]))
+        yield Setting(env_id, "KL PPO, ω′ = α̂ = α", weights(env_id, 1, 1))
+        yield Setting(env_id, f"KL PPO, ω′ = α̂ = {RULE[0]:g} α", weights(env_id, RULE[0], RULE[0]))
+        yield Setting(env_id, "Residual PPO, plain objective", weights(env_id, *RULE))
+        yield Setting(env_id, "Residual PPO, default")
+
+
+def survival() -> Iterator[Setting]:
+    """With and without the survival reward, with and without the default rule for the scale."""
+    for env_id in ("Ant-v4", "Hopper-v4", "Walker2d-v4", "HalfCheetah-v4"):
+        yield Setting(env_id, "neither", weights(env_id, 1, 1))
+        yield Setting(env_id, "scale only", weights(env_id, *RULE))
+        survival_flag = f" --survival-reward {survival_of(env_id):.6g}"
+        yield Setting(env_id, "survival only", weights(env_id, 1, 1) + survival_flag)
+        yield Setting(env_id, "both: the default")
+
+
+def survival_of(env_id: str) -> float:
+    """The survival reward in the shipped prior's file, in reward per step."""
+    with safetensors.safe_open(ROOT / "priors" / f"{env_id}.safetensors", "numpy") as file:
+        return float(file.metadata()["survival_reward"])
+
+
+def trade_off() -> Iterator[Setting]:
+    """omega' at the default alpha_hat, and alpha_hat at the default omega', as multiples of alpha."""
+    for env_id in ("Ant-v4", "Hopper-v4"):
+        c = survival_of(env_id)
+        for k in (0.5, 1, 2, 4, 8):
+            yield Setting(env_id, f"ω′ = {k:g} α", f"{weights(env_id, k, RULE[1])} --survival-reward {c:.6g}")
+        for a in (0, 1, 2):
+            yield Setting(env_id, f"α̂ = {a:g} α", f"{weights(env_id, RULE[0], a)} --survival-reward {c:.6g}")
+
+
+def entropy() -> Iterator[Setting]:
+    """The four treatments of entropy in PPO, from scratch."""
+    for env_id in ("HalfCheetah-v4", "Hopper-v4", "Ant-v4"):
+        for treatment in ("soft", "bonus", "repeat", "none"):
+            yield Setting(env_id, treatment, f"--entropy {treatment}", "soft_ppo")
+
+
+def init() -> Iterator[Setting]:
+    """Starting as the prior, or from scratch."""
+    for env_id in ("Ant-v4", "HalfCheetah-v4", "Hopper-v4"):
+        yield Setting(env_id, "from the prior")
+        yield Setting(env_id, "from scratch", "--no-init-from-prior")
+
+
+RULE = (3, 1 / 3)  # the default omega' and alpha_hat of residual_ppo.py at omega = 1, in units of the prior's alpha
+TABLES: dict[str, Callable[[], Iterator[Setting]]] = {
+    "default": default,
+    "customisation": customisation,
+    "survival": survival,
+    "trade-off": trade_off,
+    "entropy": entropy,
+    "init": init,
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    table: tyro.conf.Positional[Literal[tuple(TABLES)]]
+    """which table"""
+    seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
+    """reporting seeds, with which nothing was tuned"""
+    env_ids: tuple[str, ...] = ()
+    """only these environments; if not given, all of the table"""
+    labels: tuple[str, ...] = ()
+    """only these rows; if not given, all of the table"""
+    run: bool = True
+    """run what is missing; with --no-run, only write table and picture"""
+    jobs: int = 2
+    """runs at a time"""
+    smoke: bool = False
+    """tiny budgets, one environment, one seed, into results/smoke: a test that everything runs"""
+    out: Path = RESULTS
+    """where the table's CSV, Markdown and picture are"""
+
+
+def run(setting: Setting, seed: int, smoke: bool) -> dict[str, object]:
+    """One run: the row of the CSV that it gives. Raises: CalledProcessError with what the script printed."""
+    flags = ["--env-id", setting.env_id, "--seed", str(seed), *setting.flags.split(), *(SMOKE_FLAGS if smoke else ())]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / f"{setting.script}.py"), *flags, "--no-progress", "--runs-dir", folder]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        (run_dir,) = Path(folder).iterdir()
+        results = json.loads((run_dir / "eval.json").read_text())
+        info = json.loads((run_dir / "args.json").read_text())
+        metrics = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True)
+    row = setting._asdict() | {"seed": seed, "commit": info["git_commit"][:7], "date": str(datetime.date.today())}
+    row |= {"cpu": f"{os.cpu_count()} x {platform.machine()}", "minutes": f"{metrics['elapsed_s'][-1] / 60:.2f}"}
+    row |= {name: f"{metrics[name][-1]:.4g}" for name in ("kl_to_prior",) if name in metrics.dtype.names}
+    for policy, means in ((policy, results[policy]["mean"]) for policy in results):
+        role = "prior" if policy == "prior" else "policy"
+        for actions in ("stochastic", "deterministic"):
+            row |= {f"{role} {actions} {name}": f"{means[actions][name]:.6g}" for name in COLUMNS}
+    return row
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The runs that a table has so far."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write a table's runs."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def in_order(rows: list[dict[str, str]], table: str) -> list[dict[str, str]]:
+    """The runs in the order of the table's settings, and of the seeds."""
+    order = {(x.env_id, x.label): i for i, x in enumerate(TABLES[table]())}
+    return sorted(rows, key=lambda row: (order.get((row["env_id"], row["label"]), len(order)), int(row["seed"])))
+
+
+def mean_and_interval(values: list[float], digits: int = 0) -> str:
+    """Mean and 95 % bootstrap interval of the mean over seeds."""
+    if len(values) == 1 or np.ptp(values) == 0:
+        return f"{np.mean(values):.{digits}f}"
+    interval = scipy.stats.bootstrap([values], np.mean, method="percentile", rng=0).confidence_interval
+    return f"{np.mean(values):.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+
+
+def markdown(rows: list[dict[str, str]], name: str) -> str:
+    """The table: a row for each setting, and for each environment's prior, mean [95 % interval] over seeds."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["env_id"], row["label"]), []).append(row)
+    commits, dates = (
+        ", ".join(sorted({row["commit"] for row in rows})),
+        ", ".join(sorted({row["date"] for row in rows})),
+    )
+    lines = [
+        f"`python results/reproduce.py {name}`, commit {commits}, {dates}. Mean [95 % bootstrap interval] over seeds, "
+        "20 fresh episodes a seed; sampled actions, the last column deterministic.",
+        "",
+        "| environment | policy | seeds | total | basic | add-on | quantity | KL to prior | minutes | total, det. |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    seen = set()
+    for (env_id, label), runs in groups.items():
+        roles = [("policy", label)] if "prior stochastic total" not in runs[0] or env_id in seen else [
+            ("prior", "prior"), ("policy", label)]  # fmt: skip
+        seen.add(env_id)
+        for role, title in roles:
+            if not runs[0].get(f"{role} stochastic total"):
+                continue
+            cells = [
+                mean_and_interval(
+                    [float(row[f"{role} stochastic {column}"]) for row in runs], 3 * (column == "quantity")
+                )
+                for column in COLUMNS
+            ]
+            extra = ["–", "–"]
+            if role == "policy":
+                kl = [float(row["kl_to_prior"]) for row in runs if row.get("kl_to_prior")]
+                extra = [f"{np.mean(kl):.2f}" if kl else "–", f"{np.mean([float(row['minutes']) for row in runs]):.1f}"]
+            last = mean_and_interval([float(row[f"{role} deterministic total"]) for row in runs])
+            lines.append("| " + " | ".join([env_id, title, str(len(runs)), *cells, *extra, last]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(rows: list[dict[str, str]], path: Path) -> None:
+    """Basic against add-on return, a point a run, an environment a panel; the line holds the prior's total."""
+    env_ids = list(dict.fromkeys(row["env_id"] for row in rows))
+    figure = matplotlib.figure.Figure(
+        figsize=(4.2 * min(len(env_ids), 3), 3.8 * -(-len(env_ids) // 3)), layout="constrained"
+    )
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    panels = np.ravel(figure.subplots(-(-len(env_ids) // 3), min(len(env_ids), 3), squeeze=False))
+    for axes, env_id in zip(panels, env_ids, strict=False):
+        runs = [row for row in rows if row["env_id"] == env_id]
+        for i, label in enumerate(labels):
+            points = [
+                [float(row[f"policy stochastic {column}"]) for column in ("addon", "basic")]
+                for row in runs
+                if row["label"] == label
+            ]
+            if points:
+                axes.scatter(*np.transpose(points), s=24, color=f"C{i % 10}", marker="osD^v<>P"[i // 10], label=label)
+        if runs[0].get("prior stochastic total"):
+            prior = np.mean([[float(row[f"prior stochastic {x}"]) for x in ("addon", "basic")] for row in runs], axis=0)
+            axes.scatter(*prior, s=90, color="black", marker="*", label="prior", zorder=3)
+            axes.axline(prior, slope=-1, color="black", linewidth=0.7, linestyle=":")
+        axes.set(title=env_id, xlabel="add-on return", ylabel="basic return")
+    for axes in panels[len(env_ids) :]:
+        axes.set_axis_off()
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def insert(document: Path, name: str, table: str) -> None:
+    """Replace what a document has between the table's markers, if it has them."""
+    start, end = f"<!-- {name} from here -->\n", "<!-- to here -->"
+    text = document.read_text() if document.exists() else ""
+    if start in text:
+        before, _, rest = text.partition(start)
+        document.write_text(before + start + table + rest[rest.index(end) :])
+
+
+def main(args: Args) -> None:
+    """Run what is missing, then write table and picture."""
+    out = RESULTS / "smoke" if args.smoke and args.out == RESULTS else args.out
+    out.mkdir(parents=True, exist_ok=True)
+    path, seeds = out / f"{args.table}.csv", args.seeds[:1] if args.smoke else args.seeds
+    settings = [x for x in TABLES[args.table]() if not args.env_ids or x.env_id in args.env_ids]
+    settings = [x for x in settings if not args.labels or x.label in args.labels]
+    if args.smoke:
+        settings = [x for x in settings if x.env_id == settings[0].env_id]
+    rows = read_rows(path)
+    done = {(row["env_id"], row["label"], int(row["seed"])) for row in rows}
+    missing = [(x, seed) for seed in seeds for x in settings if (x.env_id, x.label, seed) not in done]
+    if args.run and missing:
+        print(f"{len(missing)} runs to go, {args.jobs} at a time", flush=True)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            jobs = {pool.submit(run, setting, seed, args.smoke): (setting, seed) for setting, seed in missing}
+            for job in as_completed(jobs):
+                setting, seed = jobs[job]
+                try:
+                    row = job.result()
+                except subprocess.CalledProcessError as error:
+                    print(f"{setting.env_id}, {setting.label}, seed {seed} failed: {error.stderr.strip()}", flush=True)
+                    continue
+                rows.append(row)
+                write_rows(path, rows)
+                print(f"{setting.env_id}, {setting.label}, seed {seed}: {row['policy stochastic total']}", flush=True)
+    if not rows:
+        sys.exit(f"reproduce.py: {path} has no runs yet; leave out --no-run")
+    rows = in_order(rows, args.table)
+    table = markdown(rows, args.table)
+    (out / f"{args.table}.md").write_text(table)
+    picture(rows, out / f"{args.table}.png")
+    if out == RESULTS:
+        insert(ROOT / "README.md", f"{args.table}.md", table)
+        insert(RESULTS / "README.md", f"{args.table}.md", table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,54 @@
+"""Tables are what the committed runs say, and the commands that make them run."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "results"))
+import reproduce  # noqa: E402
+
+TABLES = [name for name in reproduce.TABLES if (reproduce.RESULTS / f"{name}.csv").exists()]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table_is_what_its_csv_says(name):
+    """In results/<table>.md and in results/README.md."""
+    rows = reproduce.read_rows(reproduce.RESULTS / f"{name}.csv")
+    table = reproduce.markdown(reproduce.in_order(rows, name), name)
+    assert (reproduce.RESULTS / f"{name}.md").read_text() == table
+    assert table.strip() in (reproduce.RESULTS / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_no_run_is_counted_twice_and_all_are_of_reporting_seeds(name):
+    rows = reproduce.read_rows(reproduce.RESULTS / f"{name}.csv")
+    keys = [(row["env_id"], row["label"], row["seed"]) for row in rows]
+    assert len(keys) == len(set(keys))
+    assert {int(row["seed"]) for row in rows} <= {101, 102, 103, 104, 105}
+
+
+def test_mean_and_interval_of_a_known_sample():
+    """The bootstrap interval of a normal sample is close to mean ± 1.96 standard errors."""
+    sample = np.random.default_rng(0).normal(50, 10, 400)
+    mean, low, high = (float(x.strip("[],")) for x in reproduce.mean_and_interval(list(sample), 2).split())
+    error = sample.std() / 20
+    assert mean == pytest.approx(sample.mean(), abs=0.01)
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
+
+
+def test_smoke_run_fills_a_table_and_is_not_repeated(tmp_path):
+    """Really run, with tiny budgets; the second call finds all rows there."""
+    command = [sys.executable, str(ROOT / "results" / "reproduce.py"), "init", "--smoke", "--out", str(tmp_path)]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert first.returncode == 0, first.stderr
+    assert "2 runs to go" in first.stdout
+    table = (tmp_path / "init.md").read_text()
+    assert "| from the prior |" in table and "| from scratch |" in table
+    assert (tmp_path / "init.png").read_bytes().startswith(b"\x89PNG")
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0
+    assert "to go" not in again.stdout
+    assert (tmp_path / "init.md").read_text() == table
