@@ -906,7 +906,7 @@ CONSOLE = rich.console.Console(highlight=False, soft_wrap=True)
 def write_atomic(path: Path, data: bytes) -> None:
     """Let process 0 write a file such that a crash leaves the old one or the new one, never half of one."""
     if jax.process_index() == 0:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f"{path.name}.tmp")
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()

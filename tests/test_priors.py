@@ -18,6 +18,7 @@ def deterministic_world(seed):
     """Next states (the last is terminal), rewards, and the soft-optimal log pi, each (states, actions)."""
     rng = np.random.default_rng(seed)
     next_state = rng.integers(NUM_STATES + 1, size=(NUM_STATES, NUM_ACTIONS))
+    next_state[0, 0] = NUM_STATES  # at least one way to end an episode
     reward, value = rng.normal(-1, 1, (NUM_STATES, NUM_ACTIONS)), np.zeros(NUM_STATES + 1)
     for _ in range(500):
         q = reward + GAMMA * value[next_state]
