@@ -127,7 +127,7 @@ class Args:
     anneal_lr: bool = True
     """lower the learning rate linearly to 0 over the run"""
     gamma: float | None = None
-    """discount; if not given, the prior's, in which alone log pi hides no more than shaping"""
+    """discount; if not given, the prior's, in which alone log pi hides no more than shaping, but at most 0.99"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 16
@@ -379,7 +379,7 @@ ADDON_TASKS = {
     "half-cheetah-front-foot": AddonTask("HalfCheetah", "|θ| (rad)", lambda obs: abs(obs[..., 7]), lambda x: -10 * x),
     "hopper-height": AddonTask("Hopper", "z (m)", lambda obs: obs[..., 0], lambda z: 10 * (z - 1)),
     "ant-right": AddonTask("Ant", "-v_y (m/s)", lambda obs: -obs[..., 14], lambda v: v),
-    "swimmer-straight": AddonTask("Swimmer", "|θ| (rad)", lambda obs: abs(obs[..., 1]), lambda x: -x),
+    "swimmer-straight": AddonTask("Swimmer", "|θ| (rad)", lambda obs: abs(obs[..., 1]), lambda x: -0.5 * x),
     "walker-upright": AddonTask("Walker2d", "|θ| (rad)", lambda obs: abs(obs[..., 1]), lambda x: -10 * x),
     "humanoid-right": AddonTask("Humanoid", "-v_y (m/s)", lambda obs: -obs[..., 23], lambda v: v),
     "none": AddonTask("", "–", lambda obs: 0 * obs[..., 0], lambda x: x),
@@ -660,7 +660,7 @@ def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str]) -> Args:
         "omega_prime": OMEGA_SCALE * omega * alpha if omega else 0.0,
         "alpha_hat": ALPHA_SCALE * alpha,
         "survival_reward": 0.0 if plain else float(prior_info.get("survival_reward", 0)),
-        "gamma": float(prior_info.get("gamma", 0.99)),
+        "gamma": min(0.99, float(prior_info.get("gamma", 0.99))),  # in time, a fresh critic learns no longer horizon
         "hidden_sizes": prior.actor.hidden_sizes,
     }
     given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}

@@ -4,8 +4,9 @@
     python results/reproduce.py customisation --no-run     # write them from results/customisation.csv alone
     python results/reproduce.py survival --smoke           # the same with tiny budgets, in results/smoke
 
-Each run is a row of results/<table>.csv, added when the run is done; a run that has its row is not repeated. So the
-command can be interrupted, and given again. Besides requirements.txt it needs SciPy (requirements-dev.txt).
+Each run is a row of results/<table>.csv, added when the run is done; a run that has its row, here or in another table,
+is not repeated. So the command can be interrupted, and given again. Besides requirements.txt it needs SciPy
+(requirements-dev.txt).
 """
 
 import csv
@@ -35,6 +36,12 @@ SMOKE_FLAGS = (
     *("--total-timesteps", "512", "--eval-episodes", "2"),
 )
 COLUMNS = ("total", "basic", "addon", "quantity")
+ADDONS = {
+    "Ant": "ant-right",
+    "HalfCheetah": "half-cheetah-front-foot",
+    "Hopper": "hopper-height",
+    "Walker2d": "walker-upright",
+}
 
 
 class Setting(NamedTuple):
@@ -73,11 +80,14 @@ def customisation() -> Iterator[Setting]:
         yield Setting(env_id, f"KL PPO, ω′ = α̂ = {RULE[0]:g} α", weights(env_id, RULE[0], RULE[0]))
         yield Setting(env_id, "Residual PPO, plain objective", weights(env_id, *RULE))
         yield Setting(env_id, "Residual PPO, default")
+        task = ADDONS[env_id.removesuffix("-v4")]
+        full = f"--addon {task} --alpha {alpha_of(env_id):g} --total-timesteps 4000000"
+        yield Setting(env_id, "Full: Soft PPO, 4M steps", full, "soft_ppo")
 
 
 def survival() -> Iterator[Setting]:
     """With and without the survival reward, with and without the default rule for the scale."""
-    for env_id in ("Ant-v4", "Hopper-v4", "Walker2d-v4", "HalfCheetah-v4"):
+    for env_id in ("Ant-v4", "Hopper-v4", "Walker2d-v4"):  # where nothing terminates, the survival reward is not used
         yield Setting(env_id, "neither", weights(env_id, 1, 1))
         yield Setting(env_id, "scale only", weights(env_id, *RULE))
         survival_flag = f" --survival-reward {survival_of(env_id):.6g}"
@@ -95,9 +105,10 @@ def trade_off() -> Iterator[Setting]:
     """omega' at the default alpha_hat, and alpha_hat at the default omega', as multiples of alpha."""
     for env_id in ("Ant-v4", "Hopper-v4"):
         c = survival_of(env_id)
-        for k in (0.5, 1, 2, 4, 8):
+        yield Setting(env_id, "the default")
+        for k in (0, 1, 2, 5, 8):
             yield Setting(env_id, f"ω′ = {k:g} α", f"{weights(env_id, k, RULE[1])} --survival-reward {c:.6g}")
-        for a in (0, 1, 2):
+        for a in (0, 1, 3):
             yield Setting(env_id, f"α̂ = {a:g} α", f"{weights(env_id, RULE[0], a)} --survival-reward {c:.6g}")
 
 
@@ -174,6 +185,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def rows_of_other_tables(missing: list[tuple[Setting, int]], out: Path) -> list[dict[str, str]]:
+    """The missing runs that another table has under another label, with the label that is missing."""
+    known = {}
+    for row in (row for name in TABLES for row in read_rows(out / f"{name}.csv")):
+        known[row["env_id"], row["flags"], row["script"], int(row["seed"])] = row
+    found = ((setting, known.get((setting.env_id, setting.flags, setting.script, seed))) for setting, seed in missing)
+    return [row | {"label": setting.label} for setting, row in found if row]
+
+
 def write_rows(path: Path, rows: list[dict]) -> None:
     """Write a table's runs."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -217,25 +237,28 @@ def markdown(rows: list[dict[str, str]], name: str) -> str:
     ]
     seen = set()
     for (env_id, label), runs in groups.items():
-        roles = [("policy", label)] if "prior stochastic total" not in runs[0] or env_id in seen else [
-            ("prior", "prior"), ("policy", label)]  # fmt: skip
-        seen.add(env_id)
-        for role, title in roles:
-            if not runs[0].get(f"{role} stochastic total"):
-                continue
-            cells = [
-                mean_and_interval(
-                    [float(row[f"{role} stochastic {column}"]) for row in runs], 3 * (column == "quantity")
-                )
-                for column in COLUMNS
-            ]
-            extra = ["–", "–"]
-            if role == "policy":
-                kl = [float(row["kl_to_prior"]) for row in runs if row.get("kl_to_prior")]
-                extra = [f"{np.mean(kl):.2f}" if kl else "–", f"{np.mean([float(row['minutes']) for row in runs]):.1f}"]
-            last = mean_and_interval([float(row[f"{role} deterministic total"]) for row in runs])
-            lines.append("| " + " | ".join([env_id, title, str(len(runs)), *cells, *extra, last]) + " |")
+        if env_id not in seen:
+            seen.add(env_id)
+            of_seed = {
+                row["seed"]: row for row in rows if row["env_id"] == env_id and row.get("prior stochastic total")
+            }
+            if of_seed:  # the prior is evaluated in every run, and equally in all runs with a seed
+                lines.append(table_row(env_id, "prior", "prior", list(of_seed.values())))
+        lines.append(table_row(env_id, label, "policy", runs))
     return "\n".join(lines) + "\n"
+
+
+def table_row(env_id: str, title: str, role: str, runs: list[dict[str, str]]) -> str:
+    """A row of the table: the "prior" or the "policy" (which is its role) of some runs that differ by the seed."""
+    cells = []
+    for column in COLUMNS:
+        values = [float(row[f"{role} stochastic {column}"]) for row in runs]
+        cells.append(mean_and_interval(values, 3 if column == "quantity" else 0))
+    kl = [float(row["kl_to_prior"]) for row in runs if row.get("kl_to_prior")]
+    cells.append(f"{np.mean(kl):.2f}" if kl and role == "policy" else "–")
+    cells.append(f"{np.mean([float(row['minutes']) for row in runs]):.1f}" if role == "policy" else "–")
+    cells.append(mean_and_interval([float(row[f"{role} deterministic total"]) for row in runs]))
+    return "| " + " | ".join([env_id, title, str(len(runs)), *cells]) + " |"
 
 
 def picture(rows: list[dict[str, str]], path: Path) -> None:
@@ -291,6 +314,11 @@ def main(args: Args) -> None:
     rows = read_rows(path)
     done = {(row["env_id"], row["label"], int(row["seed"])) for row in rows}
     missing = [(x, seed) for seed in seeds for x in settings if (x.env_id, x.label, seed) not in done]
+    if reused := rows_of_other_tables(missing, out):
+        rows += reused
+        write_rows(path, rows)
+        done |= {(row["env_id"], row["label"], int(row["seed"])) for row in reused}
+        missing = [(x, seed) for x, seed in missing if (x.env_id, x.label, seed) not in done]
     if args.run and missing:
         print(f"{len(missing)} runs to go, {args.jobs} at a time", flush=True)
         with ThreadPoolExecutor(args.jobs) as pool:

@@ -16,6 +16,7 @@ import tyro
 from conftest import ROOT, run_script, start_script
 
 import enjoy
+import residual_ppo
 
 HOPPER, SWIMMER = (ROOT / "priors" / f"{env}-v4.safetensors" for env in ("Hopper", "Swimmer"))
 FORMS = [
@@ -160,9 +161,8 @@ def test_actions_equal_the_scripts(path):
     obs = rng.normal(policy.tensors["obs_mean"], np.sqrt(policy.tensors["obs_var"]), (100, obs_dim)).astype(np.float32)
     noise = rng.normal(size=(100, action_dim)).astype(np.float32)
     low, high = -np.ones(action_dim, np.float32), np.ones(action_dim, np.float32)
-    # script cross-check: here mean, log_std and action are to come from residual_ppo's own functions.
-    mean, log_std = gaussian(policy.tensors, obs, "tanh", 10)
-    action = action_of(mean + np.exp(log_std) * noise, policy.squash, low, high)
+    mean, log_std = residual_ppo.action_distribution(residual_ppo.load_policy(path, policy.env_id)[0], obs)
+    action = action_of(np.asarray(mean + np.exp(log_std) * noise), policy.squash, low, high)
     np.testing.assert_allclose(enjoy.mean_and_log_std(policy, obs)[0], mean, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(enjoy.act(policy, obs, noise, low, high), action, rtol=1e-4, atol=1e-4)
 

@@ -372,6 +372,14 @@ def test_discount_is_recorded_and_the_prior_s_is_the_default(runs, prior):
     assert noted == {"residual_ppo plain"}
 
 
+@pytest.mark.parametrize(("of_prior", "given", "expected"), [("0.9999", None, 0.99), ("0.9999", 0.999, 0.999)])
+def test_a_discount_near_1_is_the_default_only_up_to_0_99(prior, of_prior, given, expected):
+    """Within a customisation, a fresh critic does not learn values over a horizon of 10000 steps."""
+    policy, info = residual_ppo.load_policy(prior, "HalfCheetah-v4")
+    args = residual_ppo.resolve_args(residual_ppo.Args(gamma=given), policy, info | {"gamma": of_prior})
+    assert args.gamma == expected
+
+
 def test_prior_of_another_version_of_the_environment_is_noted(runs):
     lines = {what: runs[what].process.stdout.splitlines() for what in ("residual_ppo", "residual_ppo plain")}
     notes = {what: [x for x in lines[what] if x.startswith("note") and "HalfCheetah-v4" in x] for what in lines}
