@@ -262,35 +262,35 @@ def table_row(env_id: str, title: str, role: str, runs: list[dict[str, str]]) ->
 
 
 def picture(rows: list[dict[str, str]], path: Path) -> None:
-    """Basic against add-on return, a point a run, an environment a panel; the line holds the prior's total."""
-    env_ids = list(dict.fromkeys(row["env_id"] for row in rows))
-    figure = matplotlib.figure.Figure(
-        figsize=(4.2 * min(len(env_ids), 3), 3.8 * -(-len(env_ids) // 3)), layout="constrained"
-    )
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    panels = np.ravel(figure.subplots(-(-len(env_ids) // 3), min(len(env_ids), 3), squeeze=False))
+    """Basic against add-on return, a point a run, an environment a panel; along the line the total is the prior's."""
+    env_ids, labels = (list(dict.fromkeys(row[column] for row in rows)) for column in ("env_id", "label"))
+    width = 2 if len(env_ids) in (2, 4) else 3
+    height = -(-len(env_ids) // width)
+    figure = matplotlib.figure.Figure(figsize=(4.2 * width, 3.6 * height + 0.6), layout="constrained")
+    panels = np.ravel(figure.subplots(height, width, squeeze=False))
+    handles = {}
+    for axes in panels[len(env_ids) :]:
+        axes.set_axis_off()
     for axes, env_id in zip(panels, env_ids, strict=False):
         runs = [row for row in rows if row["env_id"] == env_id]
         for i, label in enumerate(labels):
-            points = [
-                [float(row[f"policy stochastic {column}"]) for column in ("addon", "basic")]
-                for row in runs
-                if row["label"] == label
-            ]
+            points = [returns(row, "policy") for row in runs if row["label"] == label]
             if points:
-                axes.scatter(*np.transpose(points), s=24, color=f"C{i % 10}", marker="osD^v<>P"[i // 10], label=label)
-        if runs[0].get("prior stochastic total"):
-            prior = np.mean([[float(row[f"prior stochastic {x}"]) for x in ("addon", "basic")] for row in runs], axis=0)
-            axes.scatter(*prior, s=90, color="black", marker="*", label="prior", zorder=3)
-            axes.axline(prior, slope=-1, color="black", linewidth=0.7, linestyle=":")
+                style = {"s": 24, "color": f"C{i % 10}", "marker": "osD^v<>P"[i // 10]}
+                handles[label] = axes.scatter(*np.transpose(points), **style)
+        priors = {row["seed"]: returns(row, "prior") for row in runs if row.get("prior stochastic total")}
+        if priors:
+            prior = np.mean(list(priors.values()), axis=0)
+            handles["prior"] = axes.scatter(*prior, s=90, color="black", marker="*", zorder=3)
+            handles["total of the prior"] = axes.axline(prior, slope=-1, color="black", linewidth=0.7, linestyle=":")
         axes.set(title=env_id, xlabel="add-on return", ylabel="basic return")
-    for axes in panels[len(env_ids) :]:
-        axes.set_axis_off()
-    handles = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def returns(row: dict[str, str], role: str) -> list[float]:
+    """Add-on and basic return, with sampled actions, of the "prior" or the "policy" of a run."""
+    return [float(row[f"{role} stochastic {column}"]) for column in ("addon", "basic")]
 
 
 def insert(document: Path, name: str, table: str) -> None:
