@@ -229,8 +229,8 @@ def markdown(rows: list[dict[str, str]], name: str) -> str:
         ", ".join(sorted({row["date"] for row in rows})),
     )
     lines = [
-        f"`python results/reproduce.py {name}`, commit {commits}, {dates}. Mean [95 % bootstrap interval] over seeds, "
-        "20 fresh episodes a seed; sampled actions, the last column deterministic.",
+        f"`python results/reproduce.py {name}`, commit {commits}, {dates}. Mean [95 % bootstrap",
+        "interval] over seeds, 20 fresh episodes a seed; sampled actions, the last column deterministic.",
         "",
         "| environment | policy | seeds | total | basic | add-on | quantity | KL to prior | minutes | total, det. |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -259,6 +259,26 @@ def table_row(env_id: str, title: str, role: str, runs: list[dict[str, str]]) ->
     cells.append(f"{np.mean([float(row['minutes']) for row in runs]):.1f}" if role == "policy" else "–")
     cells.append(mean_and_interval([float(row[f"{role} deterministic total"]) for row in runs]))
     return "| " + " | ".join([env_id, title, str(len(runs)), *cells]) + " |"
+
+
+def overview() -> str:
+    """The table of README.md: totals on every environment, with default flags and by the papers' methods."""
+    columns = {"Greedy PPO": "Greedy PPO", "KL PPO, ω′ = α̂ = α": "KL PPO, β = α"}
+    columns |= {
+        f"KL PPO, ω′ = α̂ = {RULE[0]:g} α": f"KL PPO, β = {RULE[0]:g} α",
+        "omega = 1": "**Residual PPO, default**",
+    }
+    rows = read_rows(RESULTS / "customisation.csv") + read_rows(RESULTS / "default.csv")
+    lines = [f"| | prior | {' | '.join(columns.values())} |", "|---" * (len(columns) + 2) + "|"]
+    for env_id in dict.fromkeys(setting.env_id for setting in default()):
+        runs = [row for row in rows if row["env_id"] == env_id]
+        priors = {row["seed"]: float(row["prior stochastic total"]) for row in runs if row["prior stochastic total"]}
+        cells = [mean_and_interval(list(priors.values()))]
+        for label in columns:
+            totals = [float(row["policy stochastic total"]) for row in runs if row["label"] == label]
+            cells.append(mean_and_interval(totals) if totals else "–")
+        lines.append(f"| {env_id.removesuffix('-v4')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def picture(rows: list[dict[str, str]], path: Path) -> None:
@@ -340,7 +360,7 @@ def main(args: Args) -> None:
     (out / f"{args.table}.md").write_text(table)
     picture(rows, out / f"{args.table}.png")
     if out == RESULTS:
-        insert(ROOT / "README.md", f"{args.table}.md", table)
+        insert(ROOT / "README.md", "overview", overview())
         insert(RESULTS / "README.md", f"{args.table}.md", table)
     print(table)
 

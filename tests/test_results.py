@@ -22,6 +22,10 @@ def test_table_is_what_its_csv_says(name):
     assert table.strip() in (reproduce.RESULTS / "README.md").read_text()
 
 
+def test_overview_in_readme_is_what_the_runs_say():
+    assert reproduce.overview() in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_no_run_is_counted_twice_and_all_are_of_reporting_seeds(name):
     rows = reproduce.read_rows(reproduce.RESULTS / f"{name}.csv")
