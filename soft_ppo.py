@@ -699,25 +699,26 @@ def check_args(args: Args) -> None:
 # --------------------------------------------------------------------------------- evaluation
 
 
-NOISE_SCALES = {"stochastic": 1.0, "deterministic": 0.0}  # factors on the policy's deviation
+ACTIONS = ("stochastic", "deterministic")
 Results = dict[str, dict[str, dict[str, np.ndarray]]]  # what evaluate returns
 
 
 @partial(jax.jit, static_argnames="env")
-def first_episodes(env: Env, players: list[tuple], state: EnvState, key: jax.Array) -> dict[str, jax.Array]:
+def first_episodes(env: Env, policies: list[Policy], state: EnvState, key: jax.Array) -> dict[str, jax.Array]:
     """Sums over each environment's first episode after a reset, those of EnvState and that of log pi.
 
-    Each player, a policy and a factor on its deviation, has an equal share of the environments, and the same noise.
+    Each policy has an equal share of the environments, half of it for each of ACTIONS, and the same noise.
     """
 
     def step(carry):
         key, state, log_prob = carry
         key, noise_key = jax.random.split(key)
-        noise = jax.random.normal(noise_key, (len(state.obs) // len(players), env.action_dim))
+        noise = jax.random.normal(noise_key, (len(state.obs) // len(policies) // len(ACTIONS), env.action_dim))
+        noise = jnp.concatenate([noise, jnp.zeros_like(noise)])
         actions, log_probs = [], []
-        for (policy, noise_scale), obs in zip(players, jnp.split(state.obs, len(players)), strict=True):
+        for policy, obs in zip(policies, jnp.split(state.obs, len(policies)), strict=True):
             mean, log_std = action_distribution(policy, obs)
-            actions.append(mean + noise_scale * jnp.exp(log_std) * noise)
+            actions.append(mean + jnp.exp(log_std) * noise)
             log_probs.append(policy_log_prob(policy, obs, actions[-1]))
         first = jnp.isnan(state.finished["length"])
         after, _ = env.step(state, jnp.concatenate(actions))
@@ -736,30 +737,17 @@ def evaluate(env: Env, policies: dict[str, Policy], omega: float | None, seed: i
     "log_prob"} -> array (episodes,); objective = omega basic + addon, or left out; total = basic + addon; quantity, and
     log_prob, which is log pi of the actions in nats, are means over the episode's steps.
     """
-    names = [(policy, actions) for policy in policies for actions in NOISE_SCALES]
-    players = [(policies[policy], NOISE_SCALES[actions]) for policy, actions in names]
-    players, key = jax.device_get((players, jax.random.PRNGKey(seed)))  # to where the environments are
-    sums = first_episodes(env, players, env.reset(), key)
-    shares = {column: np.split(np.asarray(x, np.float64), len(players)) for column, x in sums.items()}
-    results = {policy: {} for policy in policies}
-    for i, (policy, actions) in enumerate(names):
-        x = {column: share[i] for column, share in shares.items()}
-        x |= {column: x[column] / x["length"] for column in ("quantity", "log_prob")}
-        objective = {} if omega is None else {"objective": omega * x["basic"] + x["addon"]}
-        results[policy][actions] = objective | {"total": x["basic"] + x["addon"]} | x
-    return results
-
-
-def evaluation_table(results: Results, quantity: str) -> rich.table.Table:
-    """A table of evaluate's results, mean ± standard deviation over episodes."""
-    columns = {f"{policy}\n{actions}": x for policy, row in results.items() for actions, x in row.items()}
-    headers = (rich.table.Column(header, justify="right", no_wrap=True) for header in columns)
-    table = rich.table.Table("", *headers, box=rich.box.SIMPLE_HEAD)
-    for name, digits in {"objective": 0, "total": 0, "basic": 0, "addon": 0, "quantity": 3, "length": 0}.items():
-        cells = [f"{x[name].mean():.{digits}f} ± {x[name].std():.{digits}f}" for x in columns.values() if name in x]
-        if cells:
-            table.add_row({"addon": "add-on", "quantity": quantity}.get(name, name), *cells)
-    return table
+    players, key = jax.device_get((list(policies.values()), jax.random.PRNGKey(seed)))  # to where the environments are
+    sums, shape = first_episodes(env, players, env.reset(), key), (len(policies), len(ACTIONS), -1)
+    columns = {name: np.asarray(x, np.float64).reshape(shape) for name, x in sums.items()}
+    columns |= {name: columns[name] / columns["length"] for name in ("quantity", "log_prob")}
+    columns["total"] = columns["basic"] + columns["addon"]
+    if omega is not None:
+        columns["objective"] = omega * columns["basic"] + columns["addon"]
+    return {
+        policy: {actions: {name: x[i, j] for name, x in columns.items()} for j, actions in enumerate(ACTIONS)}
+        for i, policy in enumerate(policies)
+    }
 
 
 # ------------------------------------------------------------------------------- policy files
@@ -1049,7 +1037,14 @@ def finish_run(run_dir: Path, quantity: str, results: Results) -> None:
     statistics = {"mean": np.mean, "std": np.std, "episodes": np.ndarray.tolist}
     content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
     write_atomic(run_dir / "eval.json", json.dumps(content, indent=1).encode())
-    CONSOLE.print(evaluation_table(results, quantity))
+    columns = {f"{policy}\n{actions}": x for policy, row in results.items() for actions, x in row.items()}
+    headers = (rich.table.Column(header, justify="right", no_wrap=True) for header in columns)
+    table = rich.table.Table("", *headers, box=rich.box.SIMPLE_HEAD)
+    for name, digits in {"objective": 0, "total": 0, "basic": 0, "addon": 0, "quantity": 3, "length": 0}.items():
+        cells = [f"{x[name].mean():.{digits}f} ± {x[name].std():.{digits}f}" for x in columns.values() if name in x]
+        if cells:
+            table.add_row({"addon": "add-on", "quantity": quantity}.get(name, name), *cells)
+    CONSOLE.print(table)
     CONSOLE.print(f"policy, metrics and curves are in {run_dir}; to watch it: python enjoy.py {run_dir} --window")
 
 
