@@ -26,7 +26,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import operator
 import os
 import signal
 import subprocess
@@ -633,7 +632,7 @@ class StopRun(Exception):
     """Ends the program with one line for the user; exit code 2: bad input, 1: diverged, 130: interrupted."""
 
     def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message)
+        super().__init__(message.replace("\n", " "))
         self.exit_code = exit_code
 
 
@@ -664,8 +663,7 @@ def check_args(args: Args) -> None:
     try:
         jax.devices("cpu"), jax.devices()  # the first is where the environments run
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).replace("\n", " ")
-        raise StopRun(f"JAX lacks a device ({reason}); unset JAX_PLATFORMS, or let it name cpu, too") from None
+        raise StopRun(f"JAX lacks a device ({error}); unset JAX_PLATFORMS, or let it name cpu, too") from None
     batch_size, devices = args.num_envs * args.num_steps, jax.device_count()
     if args.num_envs % devices:
         raise StopRun(f"--num-envs {args.num_envs} cannot be split among {devices} devices; choose a multiple")
@@ -753,27 +751,18 @@ def policy_digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> s
 
 
 def save_policy(path: Path, policy: Policy, args: Args, alpha: float, results: dict[str, dict]) -> None:
-    """Write a policy file (safetensors), with alpha, evaluate's results for the policy, and how it was trained.
-
-    The survival reward is mean r - alpha mean log pi over the steps of the sampled episodes, r the objective's reward.
-    """
-    policy, sampled = jax.device_get(policy), results["stochastic"]
-    tensors = {name: np.ascontiguousarray(x) for name, x in policy_tensors(policy).items()}
-    metadata = {
-        "format": "pt",
-        "env_id": args.env_id,
-        "squash": str(policy.actor.squash).lower(),
-        "hidden_sizes": json.dumps(policy.actor.hidden_sizes),
-        "activation": policy.actor.activation,
-        "obs_clip": str(policy.actor.obs_clip),
-        "alpha": str(alpha),
-        "gamma": str(args.gamma),
-        "returns": ", ".join(f"{k} {x['basic'].mean():.0f} ± {x['basic'].std():.0f}" for k, x in results.items()),
-        "training": json.dumps(provenance(args), default=str),
-    }
-    if "objective" in sampled:
-        returns = sampled["objective"] - alpha * sampled["log_prob"] * sampled["length"]
-        metadata["survival_reward"] = str(returns.sum() / sampled["length"].sum())
+    """Write a policy file (safetensors), with alpha, evaluate's results for the policy, and how it was trained."""
+    actor, sampled = policy.actor, results["stochastic"]
+    tensors = {name: np.ascontiguousarray(x) for name, x in policy_tensors(jax.device_get(policy)).items()}
+    metadata = {"format": "pt", "env_id": args.env_id, "alpha": str(alpha), "gamma": str(args.gamma)}
+    metadata |= {"squash": str(actor.squash).lower(), "hidden_sizes": json.dumps(actor.hidden_sizes)}
+    metadata |= {"activation": actor.activation, "obs_clip": str(actor.obs_clip)}
+    returns = {actions: f"{x['basic'].mean():.0f} ± {x['basic'].std():.0f}" for actions, x in results.items()}
+    metadata["returns"] = ", ".join(f"{actions} {text}" for actions, text in returns.items())
+    metadata["training"] = json.dumps(provenance(args), default=str)
+    if "objective" in sampled:  # mean r - alpha mean log pi over the steps, r the objective's reward
+        soft_returns = sampled["objective"] - alpha * sampled["log_prob"] * sampled["length"]
+        metadata["survival_reward"] = str(soft_returns.sum() / sampled["length"].sum())
     metadata["sha256"] = policy_digest(tensors, metadata)
     write_atomic(path, safetensors.numpy.save(tensors, metadata))
 
@@ -785,31 +774,21 @@ def load_policy(path: Path, env_id: str) -> tuple[Policy, dict[str, str]]:
         tensors = {k: x for k, x in safetensors.numpy.load(data).items() if not k.startswith("critic.")}
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
         check_metadata(metadata, policy_digest(tensors, metadata), env_id)
-        spec, hidden_sizes = envpool.make_spec(env_id), map(operator.index, json.loads(metadata["hidden_sizes"]))
+        spec, hidden_sizes = envpool.make_spec(env_id), tuple(json.loads(metadata["hidden_sizes"]))
         form = (metadata["activation"], "actor_logstd.weight" in tensors, metadata["squash"] == "true")
-        actor = Actor(*spec.action_space.shape, tuple(hidden_sizes), *form, float(metadata.get("obs_clip", 10)))
-        obs = np.zeros(spec.observation_space.shape, np.float32)
+        actor = Actor(*spec.action_space.shape, hidden_sizes, *form, float(metadata.get("obs_clip", 10)))
+        obs = jnp.zeros(spec.observation_space.shape)
         params = jax.eval_shape(actor.init, jax.random.PRNGKey(0), obs)
-        params = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), params)
-        check_arrays(tensors, policy_tensors(Policy(params, RunningStats(obs, obs, obs), actor)))
+        check_arrays(tensors, jax.eval_shape(policy_tensors, Policy(params, RunningStats(obs, obs, obs), actor)))
         if (tensors["obs_var"] < 0).any() or np.abs(tensors.get("actor_logstd", 0)).max() > 20:
             raise ValueError("obs_var has negative entries, or actor_logstd some beyond ±20, as no policy has them")
-        paths = flax.traverse_util.flatten_dict(params["params"])
-        params = {path: tensors[".".join(path).replace("kernel", "weight")].T for path in paths}
-        stats = RunningStats(tensors["obs_mean"], tensors["obs_var"], np.float32(1))
+        stats = RunningStats(tensors.pop("obs_mean"), tensors.pop("obs_var"), np.float32(1))
+        params = {tuple(name.replace("weight", "kernel").rsplit(".", 1)): x.T for name, x in tensors.items()}
         policy = Policy({"params": flax.traverse_util.unflatten_dict(params)}, stats, actor)
         return jax.tree.map(jnp.asarray, policy), metadata
     except FileNotFoundError:
         raise StopRun(f"there is no policy {path}; train one with train_prior_ppo.py, or name a file") from None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        MemoryError,
-        safetensors.SafetensorError,
-    ) as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise StopRun(f"the policy {path} cannot be used: {error}") from None
 
 
@@ -904,13 +883,10 @@ def save_checkpoint(run_dir: Path, state: TrainState) -> None:
 
 def load_checkpoint(run_dir: Path, template: TrainState) -> TrainState:
     """Read a run's state, shaped like the template; StopRun if that fails. Its environments start anew."""
-
-    def named(tree):
-        return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
     try:
         state = flax.serialization.from_bytes(template, (run_dir / "checkpoint.msgpack").read_bytes())
-        check_arrays(named(state), named(template))
+        trees = (flax.serialization.to_state_dict(tree) for tree in (state, template))
+        check_arrays(*(flax.traverse_util.flatten_dict(tree, sep=".") for tree in trees))
     except Exception as error:  # a damaged file can fail in any way
         raise StopRun(f"the checkpoint in {run_dir} cannot be used: {error}; start a new run") from None
     return jax.tree.map(jnp.asarray, state).replace(return_trace=template.return_trace)
