@@ -19,6 +19,7 @@ Then what is not the algorithm: defaults and checks; evaluation; policy files; r
 processes.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import fcntl
@@ -668,8 +669,8 @@ def check_args(args: Args) -> None:
     if args.num_envs % devices:
         raise StopRun(f"--num-envs {args.num_envs} cannot be split among {devices} devices; choose a multiple")
     if batch_size % (args.num_minibatches * devices):
-        split = f"an iteration's {batch_size} steps (--num-envs times --num-steps) cannot be split into"
-        raise StopRun(f"{split} --num-minibatches {args.num_minibatches} on {devices} devices; choose a divisor")
+        parts = f"--num-minibatches {args.num_minibatches} on {devices} devices"
+        raise StopRun(f"--num-envs times --num-steps is {batch_size}, which cannot be split into {parts}")
     if args.norm_adv and batch_size == args.num_minibatches:
         raise StopRun("--norm-adv makes 0 of every advantage in minibatches of one step; lower --num-minibatches")
     if args.total_timesteps < batch_size:
@@ -853,9 +854,9 @@ def provenance(args: Args) -> dict[str, Any]:
 
 
 def open_run(args: Args, state: TrainState, files: dict[str, bytes]) -> tuple[Path, TrainState]:
-    """The run's folder, locked while this process lives: a new one with args.json and files, or that of --resume.
+    """The run's folder, new, with args.json and files, or that of --resume, and the state to start from.
 
-    Returns: the folder and the state to start from. Raises: StopRun if it is not to be had.
+    This process locks the folder as long as it lives. Raises: StopRun if the folder is not to be had.
     """
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}"
     run_dir = args.resume or args.runs_dir / name
@@ -892,16 +893,19 @@ def load_checkpoint(run_dir: Path, template: TrainState) -> TrainState:
     return jax.tree.map(jnp.asarray, state).replace(return_trace=template.return_trace)
 
 
+SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy")  # if there are such metrics
+
+
 @jax.jit
 def episode_metrics(finished: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Means over the environments' last episodes; NaN before there is one."""
     means = jax.tree.map(jnp.nanmean, finished | {"quantity": finished["quantity"] / finished["length"]})
     returns = {"basic_return": means["basic"], "addon_return": means["addon"]}
-    returns |= {"total_return": means["basic"] + means["addon"]}
+    returns["total_return"] = means["basic"] + means["addon"]
     return returns | {"addon_quantity": means["quantity"], "episode_length": means["length"]}
 
 
-class RunLog:
+class RunLog(contextlib.AbstractContextManager):
     """Keeps a run's last state, and its metrics: in metrics.csv, TensorBoard (which --track mirrors), the terminal.
 
     However the run ends, its last state whose metrics are finite is in the run folder.
@@ -909,11 +913,10 @@ class RunLog:
 
     def __init__(self, run_dir: Path, args: Args, state: TrainState):
         """Go on from a state; rows that an interrupted run wrote after it are dropped."""
-        self.run_dir, self.args, self.state, writes = run_dir, args, state, jax.process_index() == 0
-        self.batch_size = args.num_envs * args.num_steps
+        self.run_dir, self.args, self.state, self.interrupted = run_dir, args, state, False
+        self.batch_size, writes = args.num_envs * args.num_steps, jax.process_index() == 0
         self.total = args.total_timesteps // self.batch_size * self.batch_size
-        self.interrupted, first_step = False, int(state.iteration) * self.batch_size
-        save_checkpoint(run_dir, state)
+        first_step = int(state.iteration) * self.batch_size
         path = run_dir / "metrics.csv" if writes else Path(os.devnull)
         rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
         rows = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= first_step]
@@ -925,19 +928,14 @@ class RunLog:
             where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
             wandb.init(**where, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
         self.tensorboard = tensorboardX.SummaryWriter(str(run_dir), purge_step=first_step, write_to_disk=writes)
-        columns = ["{task.percentage:3.0f}%", rich.progress.TimeRemainingColumn(compact=True), "{task.description}"]
-        columns = [rich.progress.BarColumn(20), *columns] if CONSOLE.width >= 100 else columns
-        self.live = args.progress and CONSOLE.is_terminal and writes
-        self.bar = rich.progress.Progress(*columns, console=CONSOLE, refresh_per_second=2, disable=not self.live)
+        live = args.progress and CONSOLE.is_terminal
+        self.bar = rich.progress.Progress(console=CONSOLE, refresh_per_second=2, disable=not live)
         self.task = self.bar.add_task("compiling", total=self.total, completed=first_step)
-        self.saved_at = self.written_at = time.time()
-        self.start = self.written_at - (float(rows[-1][1]) if len(rows) > 1 else 0)  # of the clock, less interruptions
-        self.next_report = self.next_line = 0.0
-
-    def __enter__(self) -> "RunLog":
         self.bar.start()
+        self.written_at = time.time()
+        self.start = self.written_at - (float(rows[-1][1]) if len(rows) > 1 else 0)  # of the clock, less interruptions
+        self.saved_at = self.next_report = self.next_line = 0.0
         signal.signal(signal.SIGINT, self.interrupt)
-        return self
 
     def __exit__(self, *_: Any) -> None:
         save_checkpoint(self.run_dir, self.state)
@@ -962,14 +960,13 @@ class RunLog:
         self.state, metrics, global_step = state, returns | metrics, int(state.iteration) * self.batch_size
         now, last = time.time(), global_step >= self.total
         speed, self.written_at = self.batch_size / (now - self.written_at), now
-        row = {"global_step": str(global_step), "elapsed_s": f"{now - self.start:.3f}", "steps_per_s": f"{speed:.0f}"}
+        row = {"global_step": global_step, "elapsed_s": f"{now - self.start:.3f}", "steps_per_s": f"{speed:.0f}"}
         row |= {name: f"{value:.6g}" for name, value in metrics.items()}
         if not self.csv.tell():
-            self.csv.write(",".join(row) + "\n")
-        self.csv.write(",".join(row.values()) + "\n")
+            print(*row, sep=",", file=self.csv)
+        print(*row.values(), sep=",", file=self.csv)
         if self.interrupted:
-            again = f"python {sys.argv[0]} --resume {self.run_dir}"
-            raise StopRun(f"interrupted; continue with: {again}", exit_code=130)
+            raise StopRun(f"interrupted; continue with: python {sys.argv[0]} --resume {self.run_dir}", exit_code=130)
         if now - self.saved_at >= self.args.checkpoint_interval:
             save_checkpoint(self.run_dir, state)
             self.saved_at = now
@@ -979,12 +976,10 @@ class RunLog:
         for name, value in metrics.items():
             if np.isfinite(value):
                 self.tensorboard.add_scalar(name, value, global_step)
-        shown = {"basic": "basic_return", "add-on": "addon_return", "total": "total_return"}
-        shown |= {"KL": "kl_to_prior", "entropy": "entropy"}
-        values = [f"{label} {metrics[name]:.4g}" for label, name in shown.items() if name in metrics]
+        values = [f"{name.partition('_')[0]} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
         text = " ".join([f"{speed:,.0f} steps/s", *values])
         self.bar.update(self.task, completed=global_step, description=text)
-        if not self.live and (now >= self.next_line or last):
+        if self.bar.disable and (now >= self.next_line or last):
             self.next_line = now + 10
             CONSOLE.print(f"{global_step / self.total:4.0%}  {(self.total - global_step) / speed:5.0f} s left  {text}")
 
@@ -1013,12 +1008,11 @@ def plot_learning_curve(run_dir: Path) -> None:
     import matplotlib.figure
 
     data = np.atleast_1d(np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True))
-    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
-    for axes, names in zip(figure.subplots(1, 2), (("basic", "addon", "total"), ("entropy", "kl")), strict=True):
-        for column in [column for column in data.dtype.names if column.startswith(names)]:
-            if not column.endswith("quantity"):
-                axes.plot(data["global_step"], data[column], label=column.replace("_", " "))
-        axes.legend()
+    shown = [name for name in SHOWN if name in data.dtype.names]
+    figure = matplotlib.figure.Figure(figsize=(3 * len(shown), 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        axes.plot(data["global_step"], data[name])
+        axes.set_title(name.replace("_", " "))
     figure.supxlabel("environment steps")
     figure.savefig(run_dir / "learning_curve.png", dpi=120)
 
@@ -1084,8 +1078,8 @@ def join_processes(args: Args) -> None:
     except (RuntimeError, ValueError) as error:
         raise StopRun(f"the processes cannot meet: {error}; {how}") from None
     CONSOLE.quiet = jax.process_index() > 0
-    flags = str({name: value for name, value in vars(args).items() if name not in CLUSTER_ARGS})
-    digest = np.frombuffer(hashlib.sha256(flags.encode()).digest(), np.uint32)
+    flags = str(dataclasses.replace(args, process_id=None)).encode()
+    digest = np.frombuffer(hashlib.sha256(flags).digest(), np.uint32)
     if (multihost_utils.process_allgather(digest) != digest).any():
         raise StopRun("the processes were started with different flags; start all with the same, but for --process-id")
 
@@ -1114,7 +1108,7 @@ def prepare_args(args: Args) -> Args:
 
 def stop(message: str, exit_code: int) -> None:
     """End this process with one line."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr, flush=True)
+    print(f"{Path(__file__).name}: {message}".replace("\n", " "), file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
         os._exit(exit_code)  # sys.exit would wait for the other processes, which may be gone
     sys.exit(exit_code)
@@ -1130,5 +1124,5 @@ if __name__ == "__main__":
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if not jax.distributed.is_initialized():
             raise
-        what = f"{type(error).__name__}: {error}".replace("\n", " ")
-        stop(f"stopped by {what}; if another process was lost, continue with --resume once all are back", 1)
+        what = f"stopped by {type(error).__name__}: {error}"
+        stop(f"{what}; if another process was lost, continue with --resume once all are back", 1)
