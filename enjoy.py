@@ -74,7 +74,7 @@ class StopRun(Exception):
     """Ends the program with one line for the user; exit code 2: bad input, 1: diverged, 130: interrupted."""
 
     def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message)
+        super().__init__(message.replace("\n", " "))
         self.exit_code = exit_code
 
 

@@ -24,6 +24,7 @@ Then what is not the algorithm: defaults and checks; evaluation; policy files; r
 processes.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import fcntl
@@ -31,7 +32,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import operator
 import os
 import signal
 import subprocess
@@ -639,7 +639,7 @@ class StopRun(Exception):
     """Ends the program with one line for the user; exit code 2: bad input, 1: diverged, 130: interrupted."""
 
     def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message)
+        super().__init__(message.replace("\n", " "))
         self.exit_code = exit_code
 
 
@@ -709,14 +709,13 @@ def check_args(args: Args) -> None:
     try:
         jax.devices("cpu"), jax.devices()  # the first is where the environments run
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).replace("\n", " ")
-        raise StopRun(f"JAX lacks a device ({reason}); unset JAX_PLATFORMS, or let it name cpu, too") from None
+        raise StopRun(f"JAX lacks a device ({error}); unset JAX_PLATFORMS, or let it name cpu, too") from None
     batch_size, devices = args.num_envs * args.num_steps, jax.device_count()
     if args.num_envs % devices:
         raise StopRun(f"--num-envs {args.num_envs} cannot be split among {devices} devices; choose a multiple")
     if batch_size % (args.num_minibatches * devices):
-        split = f"an iteration's {batch_size} steps (--num-envs times --num-steps) cannot be split into"
-        raise StopRun(f"{split} --num-minibatches {args.num_minibatches} on {devices} devices; choose a divisor")
+        parts = f"--num-minibatches {args.num_minibatches} on {devices} devices"
+        raise StopRun(f"--num-envs times --num-steps is {batch_size}, which cannot be split into {parts}")
     if args.norm_adv and batch_size == args.num_minibatches:
         raise StopRun("--norm-adv makes 0 of every advantage in minibatches of one step; lower --num-minibatches")
     if args.total_timesteps < batch_size:
@@ -728,25 +727,26 @@ def check_args(args: Args) -> None:
 # --------------------------------------------------------------------------------- evaluation
 
 
-NOISE_SCALES = {"stochastic": 1.0, "deterministic": 0.0}  # factors on the policy's deviation
+ACTIONS = ("stochastic", "deterministic")
 Results = dict[str, dict[str, dict[str, np.ndarray]]]  # what evaluate returns
 
 
 @partial(jax.jit, static_argnames="env")
-def first_episodes(env: Env, players: list[tuple], state: EnvState, key: jax.Array) -> dict[str, jax.Array]:
+def first_episodes(env: Env, policies: list[Policy], state: EnvState, key: jax.Array) -> dict[str, jax.Array]:
     """Sums over each environment's first episode after a reset, those of EnvState and that of log pi.
 
-    Each player, a policy and a factor on its deviation, has an equal share of the environments, and the same noise.
+    Each policy has an equal share of the environments, half of it for each of ACTIONS, and the same noise.
     """
 
     def step(carry):
         key, state, log_prob = carry
         key, noise_key = jax.random.split(key)
-        noise = jax.random.normal(noise_key, (len(state.obs) // len(players), env.action_dim))
+        noise = jax.random.normal(noise_key, (len(state.obs) // len(policies) // len(ACTIONS), env.action_dim))
+        noise = jnp.concatenate([noise, jnp.zeros_like(noise)])
         actions, log_probs = [], []
-        for (policy, noise_scale), obs in zip(players, jnp.split(state.obs, len(players)), strict=True):
+        for policy, obs in zip(policies, jnp.split(state.obs, len(policies)), strict=True):
             mean, log_std = action_distribution(policy, obs)
-            actions.append(mean + noise_scale * jnp.exp(log_std) * noise)
+            actions.append(mean + jnp.exp(log_std) * noise)
             log_probs.append(policy_log_prob(policy, obs, actions[-1]))
         first = jnp.isnan(state.finished["length"])
         after, _ = env.step(state, jnp.concatenate(actions))
@@ -765,30 +765,17 @@ def evaluate(env: Env, policies: dict[str, Policy], omega: float | None, seed: i
     "log_prob"} -> array (episodes,); objective = omega basic + addon, or left out; total = basic + addon; quantity, and
     log_prob, which is log pi of the actions in nats, are means over the episode's steps.
     """
-    names = [(policy, actions) for policy in policies for actions in NOISE_SCALES]
-    players = [(policies[policy], NOISE_SCALES[actions]) for policy, actions in names]
-    players, key = jax.device_get((players, jax.random.PRNGKey(seed)))  # to where the environments are
-    sums = first_episodes(env, players, env.reset(), key)
-    shares = {column: np.split(np.asarray(x, np.float64), len(players)) for column, x in sums.items()}
-    results = {policy: {} for policy in policies}
-    for i, (policy, actions) in enumerate(names):
-        x = {column: share[i] for column, share in shares.items()}
-        x |= {column: x[column] / x["length"] for column in ("quantity", "log_prob")}
-        objective = {} if omega is None else {"objective": omega * x["basic"] + x["addon"]}
-        results[policy][actions] = objective | {"total": x["basic"] + x["addon"]} | x
-    return results
-
-
-def evaluation_table(results: Results, quantity: str) -> rich.table.Table:
-    """A table of evaluate's results, mean ± standard deviation over episodes."""
-    columns = {f"{policy}\n{actions}": x for policy, row in results.items() for actions, x in row.items()}
-    headers = (rich.table.Column(header, justify="right", no_wrap=True) for header in columns)
-    table = rich.table.Table("", *headers, box=rich.box.SIMPLE_HEAD)
-    for name, digits in {"objective": 0, "total": 0, "basic": 0, "addon": 0, "quantity": 3, "length": 0}.items():
-        cells = [f"{x[name].mean():.{digits}f} ± {x[name].std():.{digits}f}" for x in columns.values() if name in x]
-        if cells:
-            table.add_row({"addon": "add-on", "quantity": quantity}.get(name, name), *cells)
-    return table
+    players, key = jax.device_get((list(policies.values()), jax.random.PRNGKey(seed)))  # to where the environments are
+    sums, shape = first_episodes(env, players, env.reset(), key), (len(policies), len(ACTIONS), -1)
+    columns = {name: np.asarray(x, np.float64).reshape(shape) for name, x in sums.items()}
+    columns |= {name: columns[name] / columns["length"] for name in ("quantity", "log_prob")}
+    columns["total"] = columns["basic"] + columns["addon"]
+    if omega is not None:
+        columns["objective"] = omega * columns["basic"] + columns["addon"]
+    return {
+        policy: {actions: {name: x[i, j] for name, x in columns.items()} for j, actions in enumerate(ACTIONS)}
+        for i, policy in enumerate(policies)
+    }
 
 
 # ------------------------------------------------------------------------------- policy files
@@ -810,27 +797,18 @@ def policy_digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> s
 
 
 def save_policy(path: Path, policy: Policy, args: Args, alpha: float, results: dict[str, dict]) -> None:
-    """Write a policy file (safetensors), with alpha, evaluate's results for the policy, and how it was trained.
-
-    The survival reward is mean r - alpha mean log pi over the steps of the sampled episodes, r the objective's reward.
-    """
-    policy, sampled = jax.device_get(policy), results["stochastic"]
-    tensors = {name: np.ascontiguousarray(x) for name, x in policy_tensors(policy).items()}
-    metadata = {
-        "format": "pt",
-        "env_id": args.env_id,
-        "squash": str(policy.actor.squash).lower(),
-        "hidden_sizes": json.dumps(policy.actor.hidden_sizes),
-        "activation": policy.actor.activation,
-        "obs_clip": str(policy.actor.obs_clip),
-        "alpha": str(alpha),
-        "gamma": str(args.gamma),
-        "returns": ", ".join(f"{k} {x['basic'].mean():.0f} ± {x['basic'].std():.0f}" for k, x in results.items()),
-        "training": json.dumps(provenance(args), default=str),
-    }
-    if "objective" in sampled:
-        returns = sampled["objective"] - alpha * sampled["log_prob"] * sampled["length"]
-        metadata["survival_reward"] = str(returns.sum() / sampled["length"].sum())
+    """Write a policy file (safetensors), with alpha, evaluate's results for the policy, and how it was trained."""
+    actor, sampled = policy.actor, results["stochastic"]
+    tensors = {name: np.ascontiguousarray(x) for name, x in policy_tensors(jax.device_get(policy)).items()}
+    metadata = {"format": "pt", "env_id": args.env_id, "alpha": str(alpha), "gamma": str(args.gamma)}
+    metadata |= {"squash": str(actor.squash).lower(), "hidden_sizes": json.dumps(actor.hidden_sizes)}
+    metadata |= {"activation": actor.activation, "obs_clip": str(actor.obs_clip)}
+    returns = {actions: f"{x['basic'].mean():.0f} ± {x['basic'].std():.0f}" for actions, x in results.items()}
+    metadata["returns"] = ", ".join(f"{actions} {text}" for actions, text in returns.items())
+    metadata["training"] = json.dumps(provenance(args), default=str)
+    if "objective" in sampled:  # mean r - alpha mean log pi over the steps, r the objective's reward
+        soft_returns = sampled["objective"] - alpha * sampled["log_prob"] * sampled["length"]
+        metadata["survival_reward"] = str(soft_returns.sum() / sampled["length"].sum())
     metadata["sha256"] = policy_digest(tensors, metadata)
     write_atomic(path, safetensors.numpy.save(tensors, metadata))
 
@@ -842,31 +820,21 @@ def load_policy(path: Path, env_id: str) -> tuple[Policy, dict[str, str]]:
         tensors = {k: x for k, x in safetensors.numpy.load(data).items() if not k.startswith("critic.")}
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
         check_metadata(metadata, policy_digest(tensors, metadata), env_id)
-        spec, hidden_sizes = envpool.make_spec(env_id), map(operator.index, json.loads(metadata["hidden_sizes"]))
+        spec, hidden_sizes = envpool.make_spec(env_id), tuple(json.loads(metadata["hidden_sizes"]))
         form = (metadata["activation"], "actor_logstd.weight" in tensors, metadata["squash"] == "true")
-        actor = Actor(*spec.action_space.shape, tuple(hidden_sizes), *form, float(metadata.get("obs_clip", 10)))
-        obs = np.zeros(spec.observation_space.shape, np.float32)
+        actor = Actor(*spec.action_space.shape, hidden_sizes, *form, float(metadata.get("obs_clip", 10)))
+        obs = jnp.zeros(spec.observation_space.shape)
         params = jax.eval_shape(actor.init, jax.random.PRNGKey(0), obs)
-        params = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), params)
-        check_arrays(tensors, policy_tensors(Policy(params, RunningStats(obs, obs, obs), actor)))
+        check_arrays(tensors, jax.eval_shape(policy_tensors, Policy(params, RunningStats(obs, obs, obs), actor)))
         if (tensors["obs_var"] < 0).any() or np.abs(tensors.get("actor_logstd", 0)).max() > 20:
             raise ValueError("obs_var has negative entries, or actor_logstd some beyond ±20, as no policy has them")
-        paths = flax.traverse_util.flatten_dict(params["params"])
-        params = {path: tensors[".".join(path).replace("kernel", "weight")].T for path in paths}
-        stats = RunningStats(tensors["obs_mean"], tensors["obs_var"], np.float32(1))
+        stats = RunningStats(tensors.pop("obs_mean"), tensors.pop("obs_var"), np.float32(1))
+        params = {tuple(name.replace("weight", "kernel").rsplit(".", 1)): x.T for name, x in tensors.items()}
         policy = Policy({"params": flax.traverse_util.unflatten_dict(params)}, stats, actor)
         return jax.tree.map(jnp.asarray, policy), metadata
     except FileNotFoundError:
         raise StopRun(f"there is no policy {path}; train one with train_prior_ppo.py, or name a file") from None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        MemoryError,
-        safetensors.SafetensorError,
-    ) as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise StopRun(f"the policy {path} cannot be used: {error}") from None
 
 
@@ -937,9 +905,9 @@ def provenance(args: Args) -> dict[str, Any]:
 
 
 def open_run(args: Args, state: TrainState, files: dict[str, bytes]) -> tuple[Path, TrainState]:
-    """The run's folder, locked while this process lives: a new one with args.json and files, or that of --resume.
+    """The run's folder, new, with args.json and files, or that of --resume, and the state to start from.
 
-    Returns: the folder and the state to start from. Raises: StopRun if it is not to be had.
+    This process locks the folder as long as it lives. Raises: StopRun if the folder is not to be had.
     """
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}"
     run_dir = args.resume or args.runs_dir / name
@@ -967,16 +935,16 @@ def save_checkpoint(run_dir: Path, state: TrainState) -> None:
 
 def load_checkpoint(run_dir: Path, template: TrainState) -> TrainState:
     """Read a run's state, shaped like the template; StopRun if that fails. Its environments start anew."""
-
-    def named(tree):
-        return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
     try:
         state = flax.serialization.from_bytes(template, (run_dir / "checkpoint.msgpack").read_bytes())
-        check_arrays(named(state), named(template))
+        trees = (flax.serialization.to_state_dict(tree) for tree in (state, template))
+        check_arrays(*(flax.traverse_util.flatten_dict(tree, sep=".") for tree in trees))
     except Exception as error:  # a damaged file can fail in any way
         raise StopRun(f"the checkpoint in {run_dir} cannot be used: {error}; start a new run") from None
     return jax.tree.map(jnp.asarray, state).replace(return_trace=template.return_trace)
+
+
+SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy")  # if there are such metrics
 
 
 @jax.jit
@@ -984,11 +952,11 @@ def episode_metrics(finished: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Means over the environments' last episodes; NaN before there is one."""
     means = jax.tree.map(jnp.nanmean, finished | {"quantity": finished["quantity"] / finished["length"]})
     returns = {"basic_return": means["basic"], "addon_return": means["addon"]}
-    returns |= {"total_return": means["basic"] + means["addon"]}
+    returns["total_return"] = means["basic"] + means["addon"]
     return returns | {"addon_quantity": means["quantity"], "episode_length": means["length"]}
 
 
-class RunLog:
+class RunLog(contextlib.AbstractContextManager):
     """Keeps a run's last state, and its metrics: in metrics.csv, TensorBoard (which --track mirrors), the terminal.
 
     However the run ends, its last state whose metrics are finite is in the run folder.
@@ -996,11 +964,10 @@ class RunLog:
 
     def __init__(self, run_dir: Path, args: Args, state: TrainState):
         """Go on from a state; rows that an interrupted run wrote after it are dropped."""
-        self.run_dir, self.args, self.state, writes = run_dir, args, state, jax.process_index() == 0
-        self.batch_size = args.num_envs * args.num_steps
+        self.run_dir, self.args, self.state, self.interrupted = run_dir, args, state, False
+        self.batch_size, writes = args.num_envs * args.num_steps, jax.process_index() == 0
         self.total = args.total_timesteps // self.batch_size * self.batch_size
-        self.interrupted, first_step = False, int(state.iteration) * self.batch_size
-        save_checkpoint(run_dir, state)
+        first_step = int(state.iteration) * self.batch_size
         path = run_dir / "metrics.csv" if writes else Path(os.devnull)
         rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
         rows = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= first_step]
@@ -1012,19 +979,14 @@ class RunLog:
             where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
             wandb.init(**where, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
         self.tensorboard = tensorboardX.SummaryWriter(str(run_dir), purge_step=first_step, write_to_disk=writes)
-        columns = ["{task.percentage:3.0f}%", rich.progress.TimeRemainingColumn(compact=True), "{task.description}"]
-        columns = [rich.progress.BarColumn(20), *columns] if CONSOLE.width >= 100 else columns
-        self.live = args.progress and CONSOLE.is_terminal and writes
-        self.bar = rich.progress.Progress(*columns, console=CONSOLE, refresh_per_second=2, disable=not self.live)
+        live = args.progress and CONSOLE.is_terminal
+        self.bar = rich.progress.Progress(console=CONSOLE, refresh_per_second=2, disable=not live)
         self.task = self.bar.add_task("compiling", total=self.total, completed=first_step)
-        self.saved_at = self.written_at = time.time()
-        self.start = self.written_at - (float(rows[-1][1]) if len(rows) > 1 else 0)  # of the clock, less interruptions
-        self.next_report = self.next_line = 0.0
-
-    def __enter__(self) -> "RunLog":
         self.bar.start()
+        self.written_at = time.time()
+        self.start = self.written_at - (float(rows[-1][1]) if len(rows) > 1 else 0)  # of the clock, less interruptions
+        self.saved_at = self.next_report = self.next_line = 0.0
         signal.signal(signal.SIGINT, self.interrupt)
-        return self
 
     def __exit__(self, *_: Any) -> None:
         save_checkpoint(self.run_dir, self.state)
@@ -1049,14 +1011,13 @@ class RunLog:
         self.state, metrics, global_step = state, returns | metrics, int(state.iteration) * self.batch_size
         now, last = time.time(), global_step >= self.total
         speed, self.written_at = self.batch_size / (now - self.written_at), now
-        row = {"global_step": str(global_step), "elapsed_s": f"{now - self.start:.3f}", "steps_per_s": f"{speed:.0f}"}
+        row = {"global_step": global_step, "elapsed_s": f"{now - self.start:.3f}", "steps_per_s": f"{speed:.0f}"}
         row |= {name: f"{value:.6g}" for name, value in metrics.items()}
         if not self.csv.tell():
-            self.csv.write(",".join(row) + "\n")
-        self.csv.write(",".join(row.values()) + "\n")
+            print(*row, sep=",", file=self.csv)
+        print(*row.values(), sep=",", file=self.csv)
         if self.interrupted:
-            again = f"python {sys.argv[0]} --resume {self.run_dir}"
-            raise StopRun(f"interrupted; continue with: {again}", exit_code=130)
+            raise StopRun(f"interrupted; continue with: python {sys.argv[0]} --resume {self.run_dir}", exit_code=130)
         if now - self.saved_at >= self.args.checkpoint_interval:
             save_checkpoint(self.run_dir, state)
             self.saved_at = now
@@ -1066,12 +1027,10 @@ class RunLog:
         for name, value in metrics.items():
             if np.isfinite(value):
                 self.tensorboard.add_scalar(name, value, global_step)
-        shown = {"basic": "basic_return", "add-on": "addon_return", "total": "total_return"}
-        shown |= {"KL": "kl_to_prior", "entropy": "entropy"}
-        values = [f"{label} {metrics[name]:.4g}" for label, name in shown.items() if name in metrics]
+        values = [f"{name.partition('_')[0]} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
         text = " ".join([f"{speed:,.0f} steps/s", *values])
         self.bar.update(self.task, completed=global_step, description=text)
-        if not self.live and (now >= self.next_line or last):
+        if self.bar.disable and (now >= self.next_line or last):
             self.next_line = now + 10
             CONSOLE.print(f"{global_step / self.total:4.0%}  {(self.total - global_step) / speed:5.0f} s left  {text}")
 
@@ -1084,7 +1043,14 @@ def finish_run(run_dir: Path, quantity: str, results: Results) -> None:
     statistics = {"mean": np.mean, "std": np.std, "episodes": np.ndarray.tolist}
     content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
     write_atomic(run_dir / "eval.json", json.dumps(content, indent=1).encode())
-    CONSOLE.print(evaluation_table(results, quantity))
+    columns = {f"{policy}\n{actions}": x for policy, row in results.items() for actions, x in row.items()}
+    headers = (rich.table.Column(header, justify="right", no_wrap=True) for header in columns)
+    table = rich.table.Table("", *headers, box=rich.box.SIMPLE_HEAD)
+    for name, digits in {"objective": 0, "total": 0, "basic": 0, "addon": 0, "quantity": 3, "length": 0}.items():
+        cells = [f"{x[name].mean():.{digits}f} ± {x[name].std():.{digits}f}" for x in columns.values() if name in x]
+        if cells:
+            table.add_row({"addon": "add-on", "quantity": quantity}.get(name, name), *cells)
+    CONSOLE.print(table)
     CONSOLE.print(f"policy, metrics and curves are in {run_dir}; to watch it: python enjoy.py {run_dir} --window")
 
 
@@ -1093,12 +1059,11 @@ def plot_learning_curve(run_dir: Path) -> None:
     import matplotlib.figure
 
     data = np.atleast_1d(np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True))
-    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
-    for axes, names in zip(figure.subplots(1, 2), (("basic", "addon", "total"), ("entropy", "kl")), strict=True):
-        for column in [column for column in data.dtype.names if column.startswith(names)]:
-            if not column.endswith("quantity"):
-                axes.plot(data["global_step"], data[column], label=column.replace("_", " "))
-        axes.legend()
+    shown = [name for name in SHOWN if name in data.dtype.names]
+    figure = matplotlib.figure.Figure(figsize=(3 * len(shown), 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        axes.plot(data["global_step"], data[name])
+        axes.set_title(name.replace("_", " "))
     figure.supxlabel("environment steps")
     figure.savefig(run_dir / "learning_curve.png", dpi=120)
 
@@ -1140,8 +1105,8 @@ def join_processes(args: Args) -> None:
     except (RuntimeError, ValueError) as error:
         raise StopRun(f"the processes cannot meet: {error}; {how}") from None
     CONSOLE.quiet = jax.process_index() > 0
-    flags = str({name: value for name, value in vars(args).items() if name not in CLUSTER_ARGS})
-    digest = np.frombuffer(hashlib.sha256(flags.encode()).digest(), np.uint32)
+    flags = str(dataclasses.replace(args, process_id=None)).encode()
+    digest = np.frombuffer(hashlib.sha256(flags).digest(), np.uint32)
     if (multihost_utils.process_allgather(digest) != digest).any():
         raise StopRun("the processes were started with different flags; start all with the same, but for --process-id")
 
@@ -1170,7 +1135,7 @@ def prepare_args(args: Args) -> Args:
 
 def stop(message: str, exit_code: int) -> None:
     """End this process with one line."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr, flush=True)
+    print(f"{Path(__file__).name}: {message}".replace("\n", " "), file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
         os._exit(exit_code)  # sys.exit would wait for the other processes, which may be gone
     sys.exit(exit_code)
@@ -1186,5 +1151,5 @@ if __name__ == "__main__":
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if not jax.distributed.is_initialized():
             raise
-        what = f"{type(error).__name__}: {error}".replace("\n", " ")
-        stop(f"stopped by {what}; if another process was lost, continue with --resume once all are back", 1)
+        what = f"stopped by {type(error).__name__}: {error}"
+        stop(f"{what}; if another process was lost, continue with --resume once all are back", 1)
