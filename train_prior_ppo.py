@@ -1045,15 +1045,18 @@ def check_export(export: Path) -> None:
 
 
 def publish(snapshot: Path, export: Path) -> None:
-    """Let process 0 copy the snapshot to a file that must not exist; StopRun if it does, or cannot be written."""
+    """Let process 0 copy the snapshot to a file that must not exist, whole or not at all; StopRun if it exists."""
     if jax.process_index() > 0:
         return
+    copy = export.with_name(f"{export.name}.{os.getpid()}")
     try:
         export.parent.mkdir(parents=True, exist_ok=True)
-        with export.open("xb") as file:  # overwrites nothing
-            file.write(snapshot.read_bytes())
+        write_atomic(copy, snapshot.read_bytes())
+        os.link(copy, export)  # unlike a rename, it overwrites nothing
     except OSError as error:
         raise StopRun(f"the prior is {snapshot}; it could not be copied to {export}: {error.strerror}") from None
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------ command line and processes
