@@ -615,6 +615,7 @@ def main(args: Args) -> None:
         if int(state.iteration) in eval_iterations:
             best.offer(state.policy)
 
+    keep_best(state)  # a run that is resumed may have ended before it did
     loss = entropy_bonus_loss if args.ent_coef else ppo_loss
     train(env, partial(soft_update, loss, 1.0, args.alpha, args), args, state, run_dir, after=keep_best)
     results = evaluate(eval_env, {"prior": best.policy}, 1.0, args.seed + 1)  # other episodes than it was chosen by

@@ -582,6 +582,23 @@ def test_run_of_residual_ppo_is_resumed_without_the_original_prior(tmp_path, run
     assert ours == theirs
 
 
+def test_prior_whose_training_ended_before_its_last_evaluation_is_evaluated_on_resuming(tmp_path, runs, monkeypatch):
+    """By Ctrl-C or a crash after the last iteration; the only snapshot there would be is not lost."""
+    source, run_dir = runs["train_prior_ppo"].folder, tmp_path / "run"
+    run_dir.mkdir()
+    for name in ("metrics.csv", "checkpoint.msgpack"):
+        (run_dir / name).write_bytes((source / name).read_bytes())
+    content = json.loads((source / "args.json").read_text())
+    content["args"] |= {"num_evals": 1, "export": str(tmp_path / "prior.safetensors")}
+    (run_dir / "args.json").write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    train_prior_ppo.main(train_prior_ppo.Args(resume=run_dir))
+    assert (run_dir / "eval.json").exists()
+    state = flax.serialization.msgpack_restore((run_dir / "checkpoint.msgpack").read_bytes())
+    exported = read_policy(tmp_path / "prior.safetensors")[0]["actor_logstd"]
+    np.testing.assert_array_equal(exported, state["params"]["actor"]["params"]["actor_logstd"])
+
+
 def test_run_that_diverges_stops_with_its_last_finite_state(tmp_path):
     process = run_script("soft_ppo", *PENDULUM, "--learning-rate", 1e30, "--runs-dir", tmp_path / "runs", cwd=tmp_path)
     assert process.returncode == 1
