@@ -23,7 +23,8 @@ PENDULUM = ("--env-id", "InvertedPendulum-v4", *SHORT)
 
 
 def pytest_configure() -> None:
-    """Let all processes of this session share what they compile."""
+    """Let all processes of this session share what they compile, and compile fast: their programs run only briefly."""
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rpg-test-cache-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
