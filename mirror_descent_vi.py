@@ -368,14 +368,14 @@ def residual(args: Args) -> list[tuple]:
         return omega_primes / alpha, np.asarray(loss)
 
     priors = {f"errors of {x}": make_prior(safe, alpha, 1000, keys, x) for x in (0.3, 0.1)}
-    priors |= {f"{n} iterations": make_prior(safe, alpha, n, keys, 0.0) for n in (1, 1000)}
-    noisy, blind, wise = priors["errors of 0.3"], priors["1000 iterations"], make_prior(risky, alpha, 1000, keys, 0.0)
+    priors |= {x: make_prior(safe, alpha, n, keys, 0.0) for x, n in {"one iteration": 1, "soft-optimal": 1000}.items()}
+    noisy, blind, wise = priors["errors of 0.3"], priors["soft-optimal"], make_prior(risky, alpha, 1000, keys, 0.0)
     c = 0.05 * jax.jit(jax.vmap(mean_soft_value, (0, 0, None)))(safe, blind, alpha)  # mean r - alpha mean log pi
     ends = {"knows the ends": curve(risky, wise), "blind": curve(risky, blind), "blind, with c": curve(risky, blind, c)}
     rows = {x: curve(safe, noisy, nothing, x) for x in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)}
     x, y, curves = "ω′ / α", "loss of soft value", {label: curve(safe, prior) for label, prior in priors.items()}
     first, last = ("by prior, α̂ = α", x, y, curves, {}), ("by prior, where actions can end", x, y, ends, {})
-    return [first, (f"{y}, prior with errors of 0.3", x, "α̂ / α", rows, {"cmap": "viridis"}), last]
+    return [first, ("loss, prior with errors of 0.3", x, "α̂ / α", rows, {"cmap": "viridis"}), last]
 
 
 def draw(axes, title: str, xlabel: str, ylabel: str, curves: dict, style: dict) -> None:
@@ -388,11 +388,11 @@ def draw(axes, title: str, xlabel: str, ylabel: str, curves: dict, style: dict) 
             shown = range(0, len(names), -(-len(names) // 8))
             axis.set_ticks(shown, [f"{names[i]:.3g}" for i in shown])
         return
-    axes.set(xscale="log", **style)
     for i, (label, (x, y)) in enumerate(curves.items()):
-        line = ("gray", ":") if "slope" in label else (f"C{i}", "--" if "bound" in label else "-")
+        line = ("gray", ":") if "slope" in label else (f"C{i}", "--" if "bound" in label or "with c" in label else "-")
         axes.plot(x, y.mean(0), color=line[0], linestyle=line[1], label=label)
         axes.fill_between(x, *np.quantile(y, [0.1, 0.9], axis=0), color=line[0], alpha=0.12, linewidth=0)
+    axes.set(xscale="log", **style)
     axes.legend(fontsize=8)
 
 
