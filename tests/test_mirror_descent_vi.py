@@ -520,3 +520,16 @@ def test_command_line_ends_with_one_line_and_exit_code_2(tmp_path):
 
 def test_script_has_at_most_450_lines():
     assert (ROOT / "mirror_descent_vi.py").read_text().count("\n") <= 450
+
+
+def test_benchmark_measures_the_same_iterations_in_numpy():
+    """Its loop's losses and bounds, with other random numbers: means over many MDPs are near."""
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import dynamic_programming
+
+    mdps, keys = vi.garnets(np.random.default_rng(0), (40, 6, 3), 2, 0.9), jax.random.split(jax.random.PRNGKey(0), 40)
+    weights = (np.ones(1), np.zeros(1), np.ones(1))
+    ours = vi.iterate_scheme("mirror_descent", ("gaussian", 1), np.array([5, 20]), mdps, keys, weights)
+    loss, bound = np.transpose(dynamic_programming.numpy_loop(mdps, 40, np.array([5, 20])))
+    assert loss.mean() == pytest.approx(np.asarray(ours["loss"])[0, :, 1].mean(), rel=0.3)
+    assert bound.mean() == pytest.approx(np.asarray(ours["bound"])[0, :, 1].mean(), rel=0.1)
