@@ -340,7 +340,7 @@ def bounds(args: Args) -> list[tuple]:
 def heatmap(args: Args) -> list[tuple]:
     """The last ||q* - q_{pi_k}|| for all lambdas and taus."""
     _, record = run_grid(args, [(lambda_, tau) for tau in args.taus for lambda_ in args.lambdas])
-    rows = record["loss"][..., -1].reshape(len(args.taus), len(args.lambdas), -1)
+    rows = np.maximum(record["loss"][..., -1], 1e-12).reshape(len(args.taus), len(args.lambdas), -1)
     curves = {tau: (np.array(args.lambdas), row.T) for tau, row in zip(args.taus, rows, strict=True)}
     return [(f"loss at k = {args.num_iterations}", "λ", "τ", curves, {"cmap": "viridis", "norm": "log"})]
 
@@ -412,8 +412,8 @@ def check_input(args: Args) -> None:
         for x in value if isinstance(value, tuple) else (value,):
             if isinstance(x, int | float) and not low <= x <= high:
                 raise BadInput(f"--{name.replace('_', '-')} is {x}; it must be from {low} to {high}")
-    if args.branching > args.num_states:
-        raise BadInput(f"--branching is {args.branching}; there are only {args.num_states} states")
+    if args.branching > args.num_states or not (args.lambdas and args.taus):
+        raise BadInput("--branching must be at most --num-states, and --lambdas and --taus must each have a value")
     if args.mdp:
         load_mdp(args.mdp)
 

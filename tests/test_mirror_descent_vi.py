@@ -497,7 +497,8 @@ BAD_FLAGS = {
     "no samples": (("--num-samples", 0), "--num-samples"),
     "noise negative": (("--noise-scale", -1), "--noise-scale"),
     "seed negative": (("--seed", -1), "--seed"),
-    "more branches than states": (("--branching", 31), "--branching.*30"),
+    "more branches than states": (("--branching", 31), "--branching.*--num-states"),
+    "no lambdas": (("--lambdas",), "--lambdas"),
     "file missing": (("--mdp", "gone.npz"), "gone.npz"),
     "file of another kind": (("--mdp", ROOT / "README.md"), "README.md"),
 }
