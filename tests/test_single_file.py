@@ -9,7 +9,7 @@ import tomllib
 import pytest
 from conftest import ROOT, SCRIPTS
 
-PROGRAMS = (*SCRIPTS, "enjoy")
+PROGRAMS = (*SCRIPTS, "enjoy", "mirror_descent_vi")
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in PROGRAMS}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 
@@ -73,7 +73,8 @@ def test_equal_names_have_equal_definitions(one, other):
     """Functions, classes and constants."""
     ours, theirs = definitions(one), definitions(other)
     shared = (ours.keys() & theirs.keys()) - {"Args", "main"}
-    assert len(shared) >= (3 if "enjoy" in (one, other) else 30)
+    if "mirror_descent_vi" not in (one, other):
+        assert len(shared) >= (3 if "enjoy" in (one, other) else 30)
     assert [name for name in shared if ours[name] != theirs[name]] == []
 
 
