@@ -76,8 +76,8 @@ def customisation() -> Iterator[Setting]:
     """The paper's table: what the methods make of the same prior."""
     for env_id in ("Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"):
         yield Setting(env_id, "Greedy PPO", weights(env_id, 0, RULE[1]))
-        yield Setting(env_id, "KL PPO, ω′ = α̂ = α", weights(env_id, 1, 1))
-        yield Setting(env_id, f"KL PPO, ω′ = α̂ = {RULE[0]:g} α", weights(env_id, RULE[0], RULE[0]))
+        for k in (1, RULE[0]):
+            yield Setting(env_id, f"KL PPO, ω′ = α̂ = {k:g} α", weights(env_id, k, k))
         yield Setting(env_id, "Residual PPO, plain objective", weights(env_id, *RULE))
         yield Setting(env_id, "Residual PPO, default")
         task = ADDONS[env_id.removesuffix("-v4")]
@@ -102,14 +102,18 @@ def survival_of(env_id: str) -> float:
 
 
 def trade_off() -> Iterator[Setting]:
-    """omega' at the default alpha_hat, and alpha_hat at the default omega', as multiples of alpha."""
+    """omega' at the default alpha_hat, and alpha_hat at the default omega', as multiples of alpha; and KL PPO."""
     for env_id in ("Ant-v4", "Hopper-v4"):
         c = survival_of(env_id)
-        yield Setting(env_id, "the default")
-        for k in (0, 1, 2, 5, 8):
+        for k in (0, 1, 2):
+            yield Setting(env_id, f"ω′ = {k:g} α", f"{weights(env_id, k, RULE[1])} --survival-reward {c:.6g}")
+        yield Setting(env_id, f"ω′ = {RULE[0]:g} α, the default")
+        for k in (5, 8):
             yield Setting(env_id, f"ω′ = {k:g} α", f"{weights(env_id, k, RULE[1])} --survival-reward {c:.6g}")
         for a in (0, 1, 3):
             yield Setting(env_id, f"α̂ = {a:g} α", f"{weights(env_id, RULE[0], a)} --survival-reward {c:.6g}")
+        for k in (1, RULE[0]):
+            yield Setting(env_id, f"KL PPO, ω′ = α̂ = {k:g} α", weights(env_id, k, k))
 
 
 def entropy() -> Iterator[Setting]:
@@ -263,7 +267,7 @@ def table_row(env_id: str, title: str, role: str, runs: list[dict[str, str]]) ->
 
 def overview() -> str:
     """The table of README.md: totals on every environment, with default flags and by the papers' methods."""
-    columns = {"Greedy PPO": "Greedy PPO", "KL PPO, ω′ = α̂ = α": "KL PPO, β = α"}
+    columns = {"Greedy PPO": "Greedy PPO", "KL PPO, ω′ = α̂ = 1 α": "KL PPO, β = α"}
     columns |= {
         f"KL PPO, ω′ = α̂ = {RULE[0]:g} α": f"KL PPO, β = {RULE[0]:g} α",
         "omega = 1": "**Residual PPO, default**",
@@ -298,6 +302,12 @@ def picture(rows: list[dict[str, str]], path: Path) -> None:
             if points:
                 style = {"s": 24, "color": f"C{i % 10}", "marker": "osD^v<>P"[i // 10]}
                 handles[label] = axes.scatter(*np.transpose(points), **style)
+        weights_of_prior = [label for label in labels if label.startswith("ω′")]
+        curve = [
+            np.mean([returns(row, "policy") for row in runs if row["label"] == x], axis=0) for x in weights_of_prior
+        ]
+        if curve:
+            axes.plot(*np.transpose(curve), color="gray", linewidth=0.8, zorder=0)
         priors = {row["seed"]: returns(row, "prior") for row in runs if row.get("prior stochastic total")}
         if priors:
             prior = np.mean(list(priors.values()), axis=0)
