@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ PENDULUM = ("--env-id", "InvertedPendulum-v4", *SHORT)
 def pytest_configure() -> None:
     """Let all processes of this session share what they compile, and compile fast: their programs run only briefly."""
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, would ignore it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rpg-test-cache-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
