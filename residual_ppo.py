@@ -660,7 +660,7 @@ def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str]) -> Args:
         "omega_prime": OMEGA_SCALE * omega * alpha if omega else 0.0,
         "alpha_hat": ALPHA_SCALE * alpha,
         "survival_reward": 0.0 if plain else float(prior_info.get("survival_reward", 0)),
-        "gamma": min(0.99, float(prior_info.get("gamma", 0.99))),  # in time, a fresh critic learns no longer horizon
+        "gamma": min(0.99, float(prior_info.get("gamma", 0.99))),  # a fresh critic learns no longer horizon in time
         "hidden_sizes": prior.actor.hidden_sizes,
     }
     given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
@@ -714,7 +714,7 @@ def check_args(args: Args) -> None:
     if args.num_envs % devices:
         raise StopRun(f"--num-envs {args.num_envs} cannot be split among {devices} devices; choose a multiple")
     if batch_size % (args.num_minibatches * devices):
-        parts = f"--num-minibatches {args.num_minibatches} on {devices} devices"
+        parts = f"--num-minibatches {args.num_minibatches} on {devices} devices; choose a divisor"
         raise StopRun(f"--num-envs times --num-steps is {batch_size}, which cannot be split into {parts}")
     if args.norm_adv and batch_size == args.num_minibatches:
         raise StopRun("--norm-adv makes 0 of every advantage in minibatches of one step; lower --num-minibatches")
@@ -1105,8 +1105,8 @@ def join_processes(args: Args) -> None:
     except (RuntimeError, ValueError) as error:
         raise StopRun(f"the processes cannot meet: {error}; {how}") from None
     CONSOLE.quiet = jax.process_index() > 0
-    flags = str(dataclasses.replace(args, process_id=None)).encode()
-    digest = np.frombuffer(hashlib.sha256(flags).digest(), np.uint32)
+    flags = str({name: value for name, value in vars(args).items() if name not in CLUSTER_ARGS})
+    digest = np.frombuffer(hashlib.sha256(flags.encode()).digest(), np.uint32)
     if (multihost_utils.process_allgather(digest) != digest).any():
         raise StopRun("the processes were started with different flags; start all with the same, but for --process-id")
 

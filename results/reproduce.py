@@ -297,15 +297,14 @@ def picture(rows: list[dict[str, str]], path: Path) -> None:
         axes.set_axis_off()
     for axes, env_id in zip(panels, env_ids, strict=False):
         runs = [row for row in rows if row["env_id"] == env_id]
+        curve = []  # through the means, as omega' grows
         for i, label in enumerate(labels):
             points = [returns(row, "policy") for row in runs if row["label"] == label]
             if points:
                 style = {"s": 24, "color": f"C{i % 10}", "marker": "osD^v<>P"[i // 10]}
                 handles[label] = axes.scatter(*np.transpose(points), **style)
-        weights_of_prior = [label for label in labels if label.startswith("ω′")]
-        curve = [
-            np.mean([returns(row, "policy") for row in runs if row["label"] == x], axis=0) for x in weights_of_prior
-        ]
+                if label.startswith("ω′"):
+                    curve.append(np.mean(points, axis=0))
         if curve:
             axes.plot(*np.transpose(curve), color="gray", linewidth=0.8, zorder=0)
         priors = {row["seed"]: returns(row, "prior") for row in runs if row.get("prior stochastic total")}

@@ -514,6 +514,7 @@ def test_run_killed_twice_is_resumed_and_completes(killed):
     middle = iteration_of(run_dir)
     assert early < middle < 150
     assert not (run_dir / "eval.json").exists()
+    (run_dir / "checkpoint.msgpack.tmp").write_bytes(b"as if killed while writing")
     assert read_metrics(run_dir)[:early] == rows[:early]
 
     process = run_script("train_prior_ppo", "--resume", run_dir, cwd=tmp_path)
