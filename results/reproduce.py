@@ -36,6 +36,7 @@ SMOKE_FLAGS = (
     *("--total-timesteps", "512", "--eval-episodes", "2"),
 )
 COLUMNS = ("total", "basic", "addon", "quantity")
+CLOCK_COLUMNS = ("steps", "stochastic", "deterministic")
 ADDONS = {
     "Ant": "ant-right",
     "HalfCheetah": "half-cheetah-front-foot",
@@ -116,11 +117,34 @@ def trade_off() -> Iterator[Setting]:
             yield Setting(env_id, f"KL PPO, ω′ = α̂ = {k:g} α", weights(env_id, k, k))
 
 
-def entropy() -> Iterator[Setting]:
-    """The four treatments of entropy in PPO, from scratch."""
+def entropy_tuning() -> Iterator[Setting]:
+    """The four treatments of entropy in PPO, from scratch, each over a grid of three, with tuning seeds."""
     for env_id in ("HalfCheetah-v4", "Hopper-v4", "Ant-v4"):
         for treatment in ("soft", "bonus", "repeat", "none"):
-            yield Setting(env_id, treatment, f"--entropy {treatment}", "soft_ppo")
+            for alpha, ent_coef in ((0.03, 0.001), (0.1, 0.01), (0.3, 0.1)):
+                known = {"soft": f"α = {alpha}", "bonus": f"coefficient {ent_coef}", "none": ""}
+                label = known.get(treatment, f"{known['soft']}, {known['bonus']}")
+                flags = f"--entropy {treatment} --alpha {alpha} --ent-coef {ent_coef} --total-timesteps 500000"
+                if treatment != "none" or alpha == 0.1:  # without entropy there is nothing to tune
+                    yield Setting(env_id, f"{treatment} {label}".strip(), flags, "soft_ppo")
+
+
+def entropy() -> Iterator[Setting]:
+    """Of each treatment of entropy the one that was best in tuning."""
+    best = {}
+    for row in read_rows(RESULTS / "entropy-tuning.csv"):
+        best.setdefault((row["env_id"], row["label"].split()[0]), {}).setdefault(row["label"], []).append(row)
+    for (env_id, _), grid in best.items():
+        rows = max(grid.values(), key=lambda rows: np.mean([float(row["policy stochastic total"]) for row in rows]))
+        yield Setting(env_id, rows[0]["label"], rows[0]["flags"], "soft_ppo")
+
+
+def clock() -> Iterator[Setting]:
+    """Return by wall-clock time, from scratch."""
+    for env_id in ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4"):
+        minutes = "1 3 10" if env_id in ("HalfCheetah-v4", "Hopper-v4") else "1 3"
+        for algorithm in ("soft_ppo.py", "PPO of SBX", "PPO of SB3", "SAC of SBX"):
+            yield Setting(env_id, algorithm, f"--minutes {minutes}", "clock")
 
 
 def init() -> Iterator[Setting]:
@@ -136,7 +160,9 @@ TABLES: dict[str, Callable[[], Iterator[Setting]]] = {
     "customisation": customisation,
     "survival": survival,
     "trade-off": trade_off,
+    "entropy-tuning": entropy_tuning,
     "entropy": entropy,
+    "clock": clock,
     "init": init,
 }
 
@@ -145,8 +171,8 @@ TABLES: dict[str, Callable[[], Iterator[Setting]]] = {
 class Args:
     table: tyro.conf.Positional[Literal[tuple(TABLES)]]
     """which table"""
-    seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
-    """reporting seeds, with which nothing was tuned"""
+    seeds: tuple[int, ...] | None = None
+    """if not given, the reporting seeds 101 to 105, with which nothing was tuned; for entropy-tuning 21 and 22"""
     env_ids: tuple[str, ...] = ()
     """only these environments; if not given, all of the table"""
     labels: tuple[str, ...] = ()
@@ -163,6 +189,26 @@ class Args:
 
 def run(setting: Setting, seed: int, smoke: bool) -> dict[str, object]:
     """One run: the row of the CSV that it gives. Raises: CalledProcessError with what the script printed."""
+    row = setting._asdict() | {"seed": seed, "date": str(datetime.date.today())}
+    row |= {"cpu": f"{os.cpu_count()} x {platform.machine()}"}
+    return row | (run_clock if setting.script == "clock" else run_script)(setting, seed, smoke)
+
+
+def run_clock(setting: Setting, seed: int, smoke: bool) -> dict[str, object]:
+    """What clock.py says: steps and returns after each number of minutes."""
+    commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, str(RESULTS / "clock.py"), "--env-id", setting.env_id, "--algorithm", setting.label]
+    command += ["--seed", str(seed), *("--minutes 0.1 0.2" if smoke else setting.flags).split()]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    row = {"commit": commit.stdout.strip()}
+    for result in json.loads(said.splitlines()[-1]):
+        minutes = result.pop("minutes")
+        row |= {f"{name} after {minutes:g} min": f"{value:.6g}" for name, value in result.items()}
+    return row
+
+
+def run_script(setting: Setting, seed: int, smoke: bool) -> dict[str, object]:
+    """What a run folder says of training and evaluation."""
     flags = ["--env-id", setting.env_id, "--seed", str(seed), *setting.flags.split(), *(SMOKE_FLAGS if smoke else ())]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / f"{setting.script}.py"), *flags, "--no-progress", "--runs-dir", folder]
@@ -171,8 +217,7 @@ def run(setting: Setting, seed: int, smoke: bool) -> dict[str, object]:
         results = json.loads((run_dir / "eval.json").read_text())
         info = json.loads((run_dir / "args.json").read_text())
         metrics = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True)
-    row = setting._asdict() | {"seed": seed, "commit": info["git_commit"][:7], "date": str(datetime.date.today())}
-    row |= {"cpu": f"{os.cpu_count()} x {platform.machine()}", "minutes": f"{metrics['elapsed_s'][-1] / 60:.2f}"}
+    row = {"commit": info["git_commit"][:7], "minutes": f"{metrics['elapsed_s'][-1] / 60:.2f}"}
     row |= {name: f"{metrics[name][-1]:.4g}" for name in ("kl_to_prior",) if name in metrics.dtype.names}
     for policy, means in ((policy, results[policy]["mean"]) for policy in results):
         role = "prior" if policy == "prior" else "policy"
@@ -225,13 +270,12 @@ def mean_and_interval(values: list[float], digits: int = 0) -> str:
 
 def markdown(rows: list[dict[str, str]], name: str) -> str:
     """The table: a row for each setting, and for each environment's prior, mean [95 % interval] over seeds."""
+    if name == "clock":
+        return clock_markdown(rows)
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["env_id"], row["label"]), []).append(row)
-    commits, dates = (
-        ", ".join(sorted({row["commit"] for row in rows})),
-        ", ".join(sorted({row["date"] for row in rows})),
-    )
+    commits, dates = (", ".join(sorted({row[name] for row in rows})) for name in ("commit", "date"))
     lines = [
         f"`python results/reproduce.py {name}`, commit {commits}, {dates}. Mean [95 % bootstrap",
         "interval] over seeds, 20 fresh episodes a seed; sampled actions, the last column deterministic.",
@@ -263,6 +307,52 @@ def table_row(env_id: str, title: str, role: str, runs: list[dict[str, str]]) ->
     cells.append(f"{np.mean([float(row['minutes']) for row in runs]):.1f}" if role == "policy" else "–")
     cells.append(mean_and_interval([float(row[f"{role} deterministic total"]) for row in runs]))
     return "| " + " | ".join([env_id, title, str(len(runs)), *cells]) + " |"
+
+
+def clock_markdown(rows: list[dict[str, str]]) -> str:
+    """The table of returns by the clock."""
+    commits, dates = (", ".join(sorted({row[name] for row in rows})) for name in ("commit", "date"))
+    minutes = after_minutes(rows)
+    lines = [
+        f"`python results/reproduce.py clock`, commit {commits}, {dates}. Return with sampled / deterministic actions",
+        "of 20 episodes, mean [95 % bootstrap interval] over seeds, and environment steps.",
+        "",
+        f"| environment | algorithm | seeds | {' | '.join(f'after {m:g} min | steps' for m in minutes)} |",
+        "|" + "---|" * (3 + 2 * len(minutes)),
+    ]
+    for env_id, label in dict.fromkeys((row["env_id"], row["label"]) for row in rows):
+        runs = [row for row in rows if (row["env_id"], row["label"]) == (env_id, label)]
+        cells = []
+        for name in (f"after {m:g} min" for m in minutes):
+            values = {x: [float(row[f"{x} {name}"]) for row in runs if row.get(f"{x} {name}")] for x in CLOCK_COLUMNS}
+            if values["steps"]:
+                returns = (mean_and_interval(values[actions]) for actions in CLOCK_COLUMNS[1:])
+                cells += [" / ".join(returns), f"{np.mean(values['steps']) / 1000:,.0f}k"]
+            else:
+                cells += ["–", "–"]
+        lines.append("| " + " | ".join([env_id, label, str(len(runs)), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def after_minutes(rows: list[dict[str, str]]) -> list[float]:
+    """After how many minutes there are evaluations."""
+    names = {name for row in rows for name in row if name.startswith("steps after")}
+    return sorted(float(name.split()[2]) for name in names)
+
+
+def clock_picture(rows: list[dict[str, str]], path: Path) -> None:
+    """Return with deterministic actions against seconds of training, a line a run."""
+    env_ids, labels = (list(dict.fromkeys(row[column] for row in rows)) for column in ("env_id", "label"))
+    figure = matplotlib.figure.Figure(figsize=(3.6 * len(env_ids), 3.6), layout="constrained")
+    handles = {}
+    for axes, env_id in zip(figure.subplots(1, len(env_ids), squeeze=False)[0], env_ids, strict=True):
+        for row in (row for row in rows if row["env_id"] == env_id):
+            columns = [f"after {m:g} min" for m in after_minutes(rows) if row.get(f"steps after {m:g} min")]
+            seconds, returns = ([float(row[f"{x} {name}"]) for name in columns] for x in ("seconds", "deterministic"))
+            (handles[row["label"]],) = axes.plot(seconds, returns, "o-", color=f"C{labels.index(row['label'])}")
+        axes.set(title=env_id, xlabel="seconds of training", ylabel="return", xscale="log")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def overview() -> str:
@@ -335,7 +425,9 @@ def main(args: Args) -> None:
     """Run what is missing, then write table and picture."""
     out = RESULTS / "smoke" if args.smoke and args.out == RESULTS else args.out
     out.mkdir(parents=True, exist_ok=True)
-    path, seeds = out / f"{args.table}.csv", args.seeds[:1] if args.smoke else args.seeds
+    path = out / f"{args.table}.csv"
+    seeds = args.seeds or ((21, 22) if args.table == "entropy-tuning" else (101, 102, 103, 104, 105))
+    seeds = seeds[:1] if args.smoke else seeds
     settings = [x for x in TABLES[args.table]() if not args.env_ids or x.env_id in args.env_ids]
     settings = [x for x in settings if not args.labels or x.label in args.labels]
     if args.smoke:
@@ -361,13 +453,13 @@ def main(args: Args) -> None:
                     continue
                 rows.append(row)
                 write_rows(path, rows)
-                print(f"{setting.env_id}, {setting.label}, seed {seed}: {row['policy stochastic total']}", flush=True)
+                print(f"{setting.env_id}, {setting.label}, seed {seed}: done", flush=True)
     if not rows:
         sys.exit(f"reproduce.py: {path} has no runs yet; leave out --no-run")
     rows = in_order(rows, args.table)
     table = markdown(rows, args.table)
     (out / f"{args.table}.md").write_text(table)
-    picture(rows, out / f"{args.table}.png")
+    (clock_picture if args.table == "clock" else picture)(rows, out / f"{args.table}.png")
     if out == RESULTS:
         insert(ROOT / "README.md", "overview", overview())
         insert(RESULTS / "README.md", f"{args.table}.md", table)

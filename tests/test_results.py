@@ -31,7 +31,7 @@ def test_no_run_is_counted_twice_and_all_are_of_reporting_seeds(name):
     rows = reproduce.read_rows(reproduce.RESULTS / f"{name}.csv")
     keys = [(row["env_id"], row["label"], row["seed"]) for row in rows]
     assert len(keys) == len(set(keys))
-    assert {int(row["seed"]) for row in rows} <= {101, 102, 103, 104, 105}
+    assert {int(row["seed"]) for row in rows} <= ({21, 22} if "tuning" in name else {101, 102, 103, 104, 105})
 
 
 def test_mean_and_interval_of_a_known_sample():
