@@ -100,7 +100,7 @@ class Args:
     """in nats, of the density on [-1, 1]^action_dim; if not given, -action_dim"""
 
     # policy
-    hidden_sizes: tuple[int, ...] = (256, 256)
+    hidden_sizes: tuple[int, ...] = (128, 128)
     """widths of the policy's hidden layers"""
     activation: Literal["tanh", "relu"] = "relu"
     """after each of them"""
@@ -116,7 +116,7 @@ class Args:
     """transitions kept, the latest ones; memory is taken for total_timesteps at most"""
     learning_starts: int = 5_000
     """transitions in the buffer before the first gradient step"""
-    critic_hidden_sizes: tuple[int, ...] = (256, 256)
+    critic_hidden_sizes: tuple[int, ...] = (128, 128)
     """widths of the hidden layers of each of the two critics"""
     policy_lr: float = 3e-4
     """learning rate of the policy's Adam"""
@@ -582,7 +582,8 @@ def train_off_policy(
     env: Env, update: Callable, args: Args, state: SACState, run_dir: Path, after: Callable = lambda state: None
 ) -> SACState:
     """Alternate rollouts and updates, (state, buffer, transitions) -> (state, buffer, metrics), then after(state)."""
-    env_state, buffer = env.reset(), empty_buffer(args, env.obs_dim, env.action_dim)
+    env_state, device = env.reset(), jax.devices()[0]
+    state, buffer = jax.device_put((state, empty_buffer(args, env.obs_dim, env.action_dim)), device)
     if args.resume:
         CONSOLE.print(
             f"note     the buffer is not kept: learning goes on when it holds {args.learning_starts} transitions"
@@ -590,7 +591,7 @@ def train_off_policy(
     with RunLog(run_dir, args, state) as log:  # stops the run on Ctrl-C, and when numbers stop being finite
         for iteration in range(int(state.iteration), args.total_timesteps // (args.num_envs * args.num_steps)):
             env_state, transitions = rollout(env, args, jax.device_get(state.policy), env_state, iteration)
-            state, buffer, metrics = update(state, buffer, jax.device_put(transitions, jax.devices()[0]))
+            state, buffer, metrics = update(state, buffer, jax.device_put(transitions, device))
             log.write(state, *jax.device_get((metrics, episode_metrics(env_state.finished))))
             after(state)
     return state
