@@ -347,27 +347,17 @@ def test_without_the_prior_it_is_soft_sac_on_the_addon_reward_alone():
     args = dataclasses.replace(ARGS, omega=0.0, omega_prime=0.0, init_from_prior=False)
     names = {field.name for field in dataclasses.fields(soft_sac.Args)}
     same = {name: x for name, x in vars(args).items() if name in names and name not in ("addon", "hidden_sizes")}
-    soft_args = soft_sac.Args(**same, alpha=ALPHA_HAT)
-    prior, actor = jax.tree.map(np.float32, random_policy(8)), random_policy(0).actor
-    ours, theirs = (
-        script.init_sac_state(a, ALPHA_HAT, script.Actor(*vars_of(actor)), OBS_DIM)
-        for script, a in ((residual_sac, args), (soft_sac, soft_args))
-    )
-    our_buffer = residual_sac.empty_buffer(args, OBS_DIM, ACTION_DIM)
-    their_buffer = soft_sac.empty_buffer(soft_args, OBS_DIM, ACTION_DIM)
-    start = jax.tree.leaves(ours.params)
+    soft_args, prior = soft_sac.Args(**same, alpha=ALPHA_HAT), jax.tree.map(np.float32, random_policy(8))
+    start = ours = theirs = random_state(0, dtype=np.float32)
+    buffers = (script.empty_buffer(args, OBS_DIM, ACTION_DIM) for script in (residual_sac, soft_sac))
+    our_buffer, their_buffer = buffers
     for seed in range(3):
         transitions = trajectories(np.random.default_rng(seed), 8, 2)
         ours, our_buffer, _ = residual_sac.residual_sac_update(args, prior, ours, our_buffer, transitions)
         theirs, their_buffer, _ = soft_sac.soft_sac_update(soft_args, theirs, their_buffer, transitions)
-    for before, a, b in zip(start, jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+    for before, a, b in zip(*map(jax.tree.leaves, (start.params, ours.params, theirs.params)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
         assert (a != before).any()
-
-
-def vars_of(actor):
-    """The options of an Actor, in their order."""
-    return [getattr(actor, field.name) for field in dataclasses.fields(actor) if field.name not in ("parent", "name")]
 
 
 # ---------------------------------------------------------------------------- bandits, closed form
@@ -390,12 +380,14 @@ BANDIT = {
 
 def play_bandit(script, update, args, alpha, curvature, slope, iterations=40):
     """The Gaussian (mean, deviation) that is learned where u earns slope u - curvature u^2 / 2; and the state."""
-    actor = script.Actor(1, (), "relu", state_dependent_std=False, squash=False)
-    state = script.init_sac_state(args, alpha, actor, 1)
-    critic = Quadratic()
-    params = state.params | {"critic": critic.init(jax.random.PRNGKey(0), np.zeros(1), np.zeros(1))}
-    opt_state = state.opt_state | {"critic": script.ADAM.init(params["critic"])}
-    state = state.replace(critic=critic, params=params, target_params=params["critic"], opt_state=opt_state)
+    actor, critic = script.Actor(1, (), "relu", state_dependent_std=False, squash=False), Quadratic()
+    inputs = jax.random.PRNGKey(0), np.zeros(1), np.zeros(1)
+    shapes = {"actor": jax.eval_shape(actor.init, *inputs[:2]), "critic": jax.eval_shape(critic.init, *inputs)}
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
+    opt_state = {name: script.ADAM.init(x) for name, x in params.items()}
+    stats = script.RunningStats(jnp.zeros(1), jnp.ones(1), jnp.float32(1))
+    rest = (stats, jnp.float32(alpha), jnp.int32(0), jnp.int32(0), actor, critic)
+    state = script.SACState(params, params["critic"], opt_state, *rest)
     buffer, rng = script.empty_buffer(args, 1, 1), np.random.default_rng(0)
     flags = np.ones((16, 8), bool), np.zeros((16, 8), bool), np.ones((16, 8), bool)
     for _ in range(iterations):
