@@ -595,7 +595,7 @@ def train(
 
 def main(args: Args) -> None:
     """Train a prior and export its best snapshot."""
-    args = prepare_args(args)
+    args = prepare_args(join_processes(args), check_args)
     if args.alpha and args.ent_coef:
         raise StopRun("--alpha and --ent-coef together would count the entropy twice; set one of them to 0")
     export = args.export or Path("priors") / f"{args.env_id}.safetensors"
@@ -643,11 +643,11 @@ def env_seeds(seed: int, role: int, num_envs: int) -> np.ndarray:
     return np.random.SeedSequence((seed, role)).generate_state(num_envs) // 2  # EnvPool's are below 2^31
 
 
-LIMITS = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs"), (1, np.inf))
-LIMITS |= dict.fromkeys(("eval_episodes", "num_evals"), (1, np.inf))
-LIMITS |= dict.fromkeys(("learning_rate", "max_grad_norm", "clip_coef"), (1e-30, np.inf))
-LIMITS |= dict.fromkeys(("addon_coef", "survival_reward"), (-np.inf, np.inf))
-LIMITS |= {"seed": (0, 2**30 - 1), "gamma": (0, 1), "gae_lambda": (0, 1)}
+LIMITS = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs", "num_evals"), (1, np.inf))
+LIMITS |= dict.fromkeys(("eval_episodes", "batch_size", "policy_frequency", "target_network_frequency"), (1, np.inf))
+LIMITS |= dict.fromkeys(("learning_rate", "max_grad_norm", "clip_coef", "q_lr", "policy_lr"), (1e-30, np.inf))
+LIMITS |= dict.fromkeys(("addon_coef", "survival_reward", "target_entropy"), (-np.inf, np.inf))
+LIMITS |= {"seed": (0, 2**30 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "tau": (0, 1)}
 
 
 def check_args(args: Args) -> None:
@@ -854,13 +854,12 @@ def provenance(args: Args) -> dict[str, Any]:
     }
 
 
-def open_run(args: Args, state: TrainState, files: dict[str, bytes]) -> tuple[Path, TrainState]:
+def open_run(args: Args, state: Any, files: dict[str, bytes]) -> tuple[Path, Any]:
     """The run's folder, new, with args.json and files, or that of --resume, and the state to start from.
 
     This process locks the folder as long as it lives. Raises: StopRun if the folder is not to be had.
     """
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}"
-    run_dir = args.resume or args.runs_dir / name
+    run_dir = args.resume or args.runs_dir / f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}"
     try:
         if jax.process_index() == 0:
             if not args.resume:
@@ -878,12 +877,12 @@ def open_run(args: Args, state: TrainState, files: dict[str, bytes]) -> tuple[Pa
     return run_dir, state
 
 
-def save_checkpoint(run_dir: Path, state: TrainState) -> None:
+def save_checkpoint(run_dir: Path, state: Any) -> None:
     """Write a run's state."""
     write_atomic(run_dir / "checkpoint.msgpack", flax.serialization.to_bytes(jax.device_get(state)))
 
 
-def load_checkpoint(run_dir: Path, template: TrainState) -> TrainState:
+def load_checkpoint(run_dir: Path, template: Any) -> Any:
     """Read a run's state, shaped like the template; StopRun if that fails. Its environments start anew."""
     try:
         state = flax.serialization.from_bytes(template, (run_dir / "checkpoint.msgpack").read_bytes())
@@ -891,7 +890,8 @@ def load_checkpoint(run_dir: Path, template: TrainState) -> TrainState:
         check_arrays(*(flax.traverse_util.flatten_dict(tree, sep=".") for tree in trees))
     except Exception as error:  # a damaged file can fail in any way
         raise StopRun(f"the checkpoint in {run_dir} cannot be used: {error}; start a new run") from None
-    return jax.tree.map(jnp.asarray, state).replace(return_trace=template.return_trace)
+    anew = {name: x for name, x in vars(template).items() if name == "return_trace"}  # PPO has it
+    return jax.tree.map(jnp.asarray, state).replace(**anew)
 
 
 SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy")  # if there are such metrics
@@ -912,7 +912,7 @@ class RunLog(contextlib.AbstractContextManager):
     However the run ends, its last state whose metrics are finite is in the run folder.
     """
 
-    def __init__(self, run_dir: Path, args: Args, state: TrainState):
+    def __init__(self, run_dir: Path, args: Args, state: Any):
         """Go on from a state; rows that an interrupted run wrote after it are dropped."""
         self.run_dir, self.args, self.state, self.interrupted = run_dir, args, state, False
         self.batch_size, writes = args.num_envs * args.num_steps, jax.process_index() == 0
@@ -950,14 +950,14 @@ class RunLog(contextlib.AbstractContextManager):
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def write(self, state: TrainState, metrics: dict[str, np.ndarray], returns: dict[str, np.ndarray]) -> None:
+    def write(self, state: Any, metrics: dict[str, np.ndarray], returns: dict[str, np.ndarray]) -> None:
         """Log an iteration: a row always, the rest about every second, a plain line every ten, and all at the end.
 
         Raises: StopRun if metrics are not finite, or after Ctrl-C.
         """
         if bad := [name for name, value in metrics.items() if not np.isfinite(value)]:
             where = f"in iteration {int(state.iteration)}; the state before it is in {self.run_dir}"
-            raise StopRun(f"{', '.join(bad)} not finite {where}; try a lower --learning-rate", exit_code=1)
+            raise StopRun(f"{', '.join(bad)} not finite {where}; try a lower learning rate", exit_code=1)
         self.state, metrics, global_step = state, returns | metrics, int(state.iteration) * self.batch_size
         now, last = time.time(), global_step >= self.total
         speed, self.written_at = self.batch_size / (now - self.written_at), now
@@ -1063,16 +1063,16 @@ def publish(snapshot: Path, export: Path) -> None:
 # ------------------------------------------------------------------ command line and processes
 
 
-CLUSTER_ARGS = ("coordinator_address", "num_processes", "process_id")
+START_ARGS = ("resume", "distributed", "coordinator_address", "num_processes", "process_id")  # no part of a run
 
 
-def join_processes(args: Args) -> None:
-    """Meet the other processes of a --distributed run; StopRun if they do not come, or have other flags."""
-    cluster = {name: getattr(args, name) for name in CLUSTER_ARGS}
+def join_processes(args: Args) -> Args:
+    """The arguments, once the processes of a --distributed run have met; StopRun if they do not, or differ in flags."""
+    cluster = {name: getattr(args, name) for name in START_ARGS[2:]}
     if not args.distributed:
         if any(value is not None for value in cluster.values()):
             raise StopRun("--coordinator-address, --num-processes and --process-id need --distributed")
-        return
+        return args
     how = "give --coordinator-address HOST:PORT, --num-processes and --process-id, or start by SLURM or Open MPI"
     if not (args.coordinator_address or "host:1").rpartition(":")[2].isdigit():
         raise StopRun(f"--coordinator-address {args.coordinator_address} names no port; {how}")
@@ -1082,19 +1082,19 @@ def join_processes(args: Args) -> None:
     except (RuntimeError, ValueError) as error:
         raise StopRun(f"the processes cannot meet: {error}; {how}") from None
     CONSOLE.quiet = jax.process_index() > 0
-    flags = str({name: value for name, value in vars(args).items() if name not in CLUSTER_ARGS})
+    flags = str({name: value for name, value in vars(args).items() if name not in cluster})
     digest = np.frombuffer(hashlib.sha256(flags.encode()).digest(), np.uint32)
     if (multihost_utils.process_allgather(digest) != digest).any():
         raise StopRun("the processes were started with different flags; start all with the same, but for --process-id")
+    return args
 
 
-def prepare_args(args: Args) -> Args:
-    """The arguments, checked, with --resume those of its run, once all processes have met; StopRun if that fails."""
-    join_processes(args)
+def prepare_args(args: Args, check: Callable) -> Args:
+    """The arguments, with --resume those of its run, which check accepts; StopRun if that fails."""
     if not args.resume:
-        check_args(args)
+        check(args)
         return args
-    now = {name: getattr(args, name) for name in ("resume", "distributed", *CLUSTER_ARGS)}
+    now = {name: value for name, value in vars(args).items() if name in START_ARGS}
     if args != type(args)(**now):
         raise StopRun("--resume takes no other flag: the run goes on with the arguments it was started with")
     try:
@@ -1102,7 +1102,7 @@ def prepare_args(args: Args) -> Args:
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         paths = {name: Path(saved[name]) for name in ("runs_dir", "prior", "export") if saved.get(name)}
         resumed = type(args)(**(saved | paths | now))
-        check_args(resumed)
+        check(resumed)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StopRun(f"{args.resume} holds no run of {Path(__file__).name} to resume: {error}") from None
     if (args.resume / "eval.json").exists():

@@ -18,9 +18,16 @@ import safetensors.numpy
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train_prior_ppo", "soft_ppo", "residual_ppo")
+SAC_SCRIPTS = ("soft_sac", "residual_sac")
 BATCH = ("--num-envs", "8", "--num-steps", "16", "--num-minibatches", "4")
 SHORT = (*BATCH, "--total-timesteps", "1024", "--eval-episodes", "2")  # 8 iterations of 128 steps
 PENDULUM = ("--env-id", "InvertedPendulum-v4", *SHORT)
+SAC_SHORT = (
+    "--num-envs", "8", "--num-steps", "16", "--total-timesteps", "1024", "--eval-episodes", "2",
+    "--learning-starts", "220", "--updates-per-step", "0.0625", "--batch-size", "32",
+    "--critic-hidden-sizes", "16", "16",
+)  # fmt: skip
+SAC_PENDULUM = ("--env-id", "InvertedPendulum-v4", *SAC_SHORT, "--hidden-sizes", "32", "32")
 
 
 def pytest_configure() -> None:
@@ -168,3 +175,16 @@ def learning_runs(tmp_path_factory, prior) -> dict[str, Run]:
             "residual_ppo": pool.submit(run_in, folder / "residual", "residual_ppo", *residual, *common),
         }
         return {what: job.result() for what, job in jobs.items()}
+
+
+@pytest.fixture(scope="session")
+def sac_runs(tmp_path_factory) -> dict[str, Run]:
+    """A short run of soft_sac, and one of residual_sac with a shipped prior: {script: Run}."""
+    folder = tmp_path_factory.mktemp("sac")
+    flags = ("--env-id", "Hopper-v4", *SAC_SHORT, "--prior", ROOT / "priors" / "Hopper-v4.safetensors")
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {
+            "soft_sac": pool.submit(run_in, folder / "soft", "soft_sac", *SAC_PENDULUM),
+            "residual_sac": pool.submit(run_in, folder / "residual", "residual_sac", *flags),
+        }
+        return {name: job.result() for name, job in jobs.items()}

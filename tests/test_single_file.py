@@ -7,8 +7,10 @@ import sys
 import tomllib
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SAC_SCRIPTS
+from conftest import SCRIPTS as PPO_SCRIPTS
 
+SCRIPTS = (*PPO_SCRIPTS, *SAC_SCRIPTS)
 PROGRAMS = (*SCRIPTS, "enjoy", "mirror_descent_vi")
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in PROGRAMS}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
