@@ -84,7 +84,7 @@ class Args:
     """a MuJoCo environment of Gymnasium, v4 or v5"""
     num_envs: int = 16
     """parallel environments"""
-    total_timesteps: int = 500_000
+    total_timesteps: int = 200_000
     """environment steps of the whole training, all environments together"""
     addon: str | None = None
     """add-on task r_R, "none" for a zero reward; if not given, the environment's own"""

@@ -82,7 +82,7 @@ class Args:
     """a MuJoCo environment of Gymnasium, v4 or v5"""
     num_envs: int = 16
     """parallel environments"""
-    total_timesteps: int = 1_000_000
+    total_timesteps: int = 500_000
     """environment steps of the whole training, all environments together"""
     addon: str = "none"
     """add-on task r_R; "none" is a zero reward"""

@@ -56,8 +56,13 @@ class Setting(NamedTuple):
 
 def alpha_of(env_id: str) -> float:
     """The nominal temperature of the shipped prior, in units of reward per nat."""
-    with safetensors.safe_open(ROOT / "priors" / f"{env_id}.safetensors", "numpy") as file:
-        return float(file.metadata()["alpha"])
+    return from_file(f"priors/{env_id}.safetensors", "alpha")
+
+
+def from_file(path: str, name: str) -> float:
+    """A number that a policy file gives."""
+    with safetensors.safe_open(ROOT / path, "numpy") as file:
+        return float(file.metadata()[name])
 
 
 def weights(env_id: str, omega_prime: float, alpha_hat: float) -> str:
@@ -98,8 +103,7 @@ def survival() -> Iterator[Setting]:
 
 def survival_of(env_id: str) -> float:
     """The survival reward in the shipped prior's file, in reward per step."""
-    with safetensors.safe_open(ROOT / "priors" / f"{env_id}.safetensors", "numpy") as file:
-        return float(file.metadata()["survival_reward"])
+    return from_file(f"priors/{env_id}.safetensors", "survival_reward")
 
 
 def trade_off() -> Iterator[Setting]:
@@ -142,16 +146,39 @@ def entropy() -> Iterator[Setting]:
 def clock() -> Iterator[Setting]:
     """Return by wall-clock time, from scratch."""
     for env_id in ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4"):
-        minutes = "1 3 10" if env_id in ("HalfCheetah-v4", "Hopper-v4") else "1 3"
+        minutes = "1 3 10" if env_id == "HalfCheetah-v4" else "1 3"
         for algorithm in ("soft_ppo.py", "PPO of SBX", "PPO of SB3", "SAC of SBX"):
             yield Setting(env_id, algorithm, f"--minutes {minutes}", "clock")
 
 
+def residual_sac() -> Iterator[Setting]:
+    """Residual SAC against Residual PPO, each with the prior of Soft PPO and with one of Soft SAC."""
+    for env_id in ("HalfCheetah-v4", "Hopper-v4", "Ant-v4", "Walker2d-v4"):
+        yield Setting(env_id, "residual_ppo.py")
+        yield Setting(env_id, "residual_sac.py", "", "residual_sac")
+        if env_id != "Walker2d-v4":
+            flags = f"--prior priors/{env_id}-sac.safetensors"
+            yield Setting(env_id, "residual_ppo.py, SAC prior", flags)
+            yield Setting(env_id, "residual_sac.py, SAC prior", flags, "residual_sac")
+            yield Setting(env_id, "… without survival reward", f"{flags} --survival-reward 0", "residual_sac")
+
+
+def soft_sac() -> Iterator[Setting]:
+    """Soft SAC from scratch, on the environment's own reward."""
+    for env_id, alpha in (("HalfCheetah-v4", 0.1), ("Hopper-v4", 0.05), ("Walker2d-v4", 0.05), ("Ant-v4", 0.1)):
+        yield Setting(env_id, "soft_sac.py", f"--alpha {alpha}", "soft_sac")
+
+
 def init() -> Iterator[Setting]:
-    """Starting as the prior, or from scratch."""
+    """Starting as the prior, or from scratch; and from a prior that classical PPO trained, with the same weights."""
     for env_id in ("Ant-v4", "HalfCheetah-v4", "Hopper-v4"):
         yield Setting(env_id, "from the prior")
         yield Setting(env_id, "from scratch", "--no-init-from-prior")
+        if env_id == "Hopper-v4":
+            path = f"results/classical/{env_id}.safetensors"
+            survival_flag = f" --survival-reward {from_file(path, 'survival_reward'):.6g}"
+            flags = f"--prior {path} {weights(env_id, *RULE)}{survival_flag}"
+            yield Setting(env_id, "from a classical prior", flags)
 
 
 RULE = (3, 1 / 3)  # the default omega' and alpha_hat of residual_ppo.py at omega = 1, in units of the prior's alpha
@@ -164,6 +191,8 @@ TABLES: dict[str, Callable[[], Iterator[Setting]]] = {
     "entropy": entropy,
     "clock": clock,
     "init": init,
+    "soft-sac": soft_sac,
+    "residual-sac": residual_sac,
 }
 
 
@@ -219,6 +248,8 @@ def run_script(setting: Setting, seed: int, smoke: bool) -> dict[str, object]:
         metrics = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True)
     row = {"commit": info["git_commit"][:7], "minutes": f"{metrics['elapsed_s'][-1] / 60:.2f}"}
     row |= {name: f"{metrics[name][-1]:.4g}" for name in ("kl_to_prior",) if name in metrics.dtype.names}
+    points = metrics[np.linspace(0, len(metrics) - 1, 25).astype(int)][["global_step", "elapsed_s", "total_return"]]
+    row["curve"] = " ".join("/".join(f"{x:.0f}" for x in point) for point in points)
     for policy, means in ((policy, results[policy]["mean"]) for policy in results):
         role = "prior" if policy == "prior" else "policy"
         for actions in ("stochastic", "deterministic"):
@@ -283,17 +314,20 @@ def markdown(rows: list[dict[str, str]], name: str) -> str:
         "| environment | policy | seeds | total | basic | add-on | quantity | KL to prior | minutes | total, det. |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    seen = set()
+    priors = {(row["env_id"], prior_of(row)): {} for row in rows}
+    for row in rows:  # the prior is evaluated in every run, and equally in all runs with a seed
+        if row.get("prior stochastic total"):
+            priors[row["env_id"], prior_of(row)][row["seed"]] = row
     for (env_id, label), runs in groups.items():
-        if env_id not in seen:
-            seen.add(env_id)
-            of_seed = {
-                row["seed"]: row for row in rows if row["env_id"] == env_id and row.get("prior stochastic total")
-            }
-            if of_seed:  # the prior is evaluated in every run, and equally in all runs with a seed
-                lines.append(table_row(env_id, "prior", "prior", list(of_seed.values())))
+        if of_seed := priors.pop((env_id, prior_of(runs[0])), None):
+            lines.append(table_row(env_id, f"prior{prior_of(runs[0])}", "prior", list(of_seed.values())))
         lines.append(table_row(env_id, label, "policy", runs))
     return "\n".join(lines) + "\n"
+
+
+def prior_of(row: dict[str, str]) -> str:
+    """Which prior a run had: nothing for the shipped one."""
+    return ", classical" if "results/classical" in row["flags"] else ", of SAC" if "-sac." in row["flags"] else ""
 
 
 def table_row(env_id: str, title: str, role: str, runs: list[dict[str, str]]) -> str:
@@ -397,12 +431,31 @@ def picture(rows: list[dict[str, str]], path: Path) -> None:
                     curve.append(np.mean(points, axis=0))
         if curve:
             axes.plot(*np.transpose(curve), color="gray", linewidth=0.8, zorder=0)
-        priors = {row["seed"]: returns(row, "prior") for row in runs if row.get("prior stochastic total")}
+        shipped = (row for row in runs if row.get("prior stochastic total") and not prior_of(row))
+        priors = {row["seed"]: returns(row, "prior") for row in shipped}
         if priors:
             prior = np.mean(list(priors.values()), axis=0)
             handles["prior"] = axes.scatter(*prior, s=90, color="black", marker="*", zorder=3)
             handles["total of the prior"] = axes.axline(prior, slope=-1, color="black", linewidth=0.7, linestyle=":")
         axes.set(title=env_id, xlabel="add-on return", ylabel="basic return")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def curves_picture(rows: list[dict[str, str]], path: Path) -> None:
+    """Total return of the episodes of training, against environment steps and seconds, a line a run."""
+    rows = [row for row in rows if row.get("curve")]
+    env_ids, labels = (list(dict.fromkeys(row[column] for row in rows)) for column in ("env_id", "label"))
+    figure = matplotlib.figure.Figure(figsize=(3.4 * len(env_ids), 6.4), layout="constrained")
+    handles = {}
+    for i, x_label in enumerate(("environment steps", "seconds")):
+        for j, env_id in enumerate(env_ids):
+            axes = figure.add_subplot(2, len(env_ids), i * len(env_ids) + j + 1)
+            for row in (row for row in rows if row["env_id"] == env_id):
+                curve = np.array([point.split("/") for point in row["curve"].split()], float)
+                style = {"color": f"C{labels.index(row['label'])}", "linewidth": 1}
+                (handles[row["label"]],) = axes.plot(curve[:, i], curve[:, 2], **style)
+            axes.set(title=env_id, xlabel=x_label, ylabel="basic + add-on return")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -460,6 +513,8 @@ def main(args: Args) -> None:
     table = markdown(rows, args.table)
     (out / f"{args.table}.md").write_text(table)
     (clock_picture if args.table == "clock" else picture)(rows, out / f"{args.table}.png")
+    if args.table == "residual-sac":
+        curves_picture(rows, out / "residual-sac-curves.png")
     if out == RESULTS:
         insert(ROOT / "README.md", "overview", overview())
         insert(RESULTS / "README.md", f"{args.table}.md", table)
