@@ -5,6 +5,7 @@ python priors/evaluate.py --episodes 50
 
 import dataclasses
 import datetime
+import importlib
 import json
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ PRIORS = Path(__file__).resolve().parent
 sys.path.insert(0, str(PRIORS.parent))
 import enjoy  # noqa: E402
 import residual_ppo as rpg  # noqa: E402
-import train_prior_ppo  # noqa: E402
 
 START, END = "<!-- evaluate.py writes from here -->\n", "<!-- to here -->"
 NUMBERS = {"alpha": "alpha", "measured alpha": "measured_alpha", "gamma": "gamma", "survival reward": "survival_reward"}
@@ -71,13 +71,18 @@ def recipe(training: dict[str, Any]) -> str:
     """How a policy was made, from what its file records: a command with today's defaults, where a script trained it."""
     if "args" not in training:
         return ", ".join(f"{name} {value}" for name, value in training.items())
-    given, default = training["args"], json.loads(json.dumps(vars(train_prior_ppo.Args()), default=str))
-    names = [field.name for field in dataclasses.fields(train_prior_ppo.Args)]
+    script = importlib.import_module(Path(training["command"].split()[0]).stem)
+    given, default = training["args"], json.loads(json.dumps(vars(script.Args()), default=str))
+    names = [field.name for field in dataclasses.fields(script.Args)]
     names = ["env_id", "seed", "num_evals", *names[names.index("env_id") + 1 :]]  # what else is before has no effect
-    changed = [name for name in names if name in given and (name == "env_id" or given[name] != default[name])]
+    changed = [
+        name
+        for name in names
+        if name in default and name in given and (name == "env_id" or given[name] != default[name])
+    ]
     flags = " ".join(flag(name, given[name]) for name in changed)
     commit = (training["git_commit"] or "unknown")[:7]
-    return f"`python train_prior_ppo.py {flags}`, {given['total_timesteps']:,} steps, commit `{commit}`"
+    return f"`python {script.__name__}.py {flags}`, {given['total_timesteps']:,} steps, commit `{commit}`"
 
 
 def main(args: Args) -> None:
@@ -86,15 +91,15 @@ def main(args: Args) -> None:
         sys.exit(f"{args.readme} does not have the lines {START.strip()} and {END}")
     rows, recipes = [HEADER, ["---"] * len(HEADER)], []
     for path in sorted(PRIORS.glob("*.safetensors")):
-        env_id = path.stem
+        env_id = path.stem.removesuffix("-sac")
         policy, metadata = rpg.load_policy(path, env_id)
         numbers = [f"{float(metadata[x]):.4g}" if x in metadata else "–" for x in NUMBERS.values()]
         for actions, results in envpool_results(policy, env_id, args).items():
             other = gymnasium_returns(path, env_id, actions == "deterministic", args)
             columns = (results["basic"], other, results["length"], results["addon"], results["total"])
-            rows.append([env_id, *numbers, actions, *map(mean_and_interval, columns)])
+            rows.append([path.stem, *numbers, actions, *map(mean_and_interval, columns)])
             print(" | ".join(rows[-1]), flush=True)
-        recipes.append(f"- {env_id}: {recipe(json.loads(metadata.get('training', '{}')))}")
+        recipes.append(f"- {path.stem}: {recipe(json.loads(metadata.get('training', '{}')))}")
     made = f"`python priors/evaluate.py --episodes {args.episodes}`, {datetime.date.today()}"
     note = f"{made}: {args.episodes} episodes a row, mean ± 95 % confidence interval of the mean."
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
