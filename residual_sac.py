@@ -120,10 +120,14 @@ class Args:
     """transitions in the buffer before the first gradient step"""
     critic_hidden_sizes: tuple[int, ...] = (128, 128)
     """widths of the hidden layers of each of the two critics"""
-    policy_lr: float = 3e-4
+    layer_norm: bool = True
+    """layer normalisation in the critics (arXiv 1607.06450)"""
+    policy_lr: float = 1e-4
     """learning rate of the policy's Adam"""
     q_lr: float = 1e-3
     """learning rate of the critics' Adam"""
+    anneal_lr: bool = True
+    """lower both learning rates linearly to 0 over the run"""
     policy_frequency: int = 2
     """gradient steps of the critics for each of the policy"""
     target_network_frequency: int = 1
@@ -173,13 +177,17 @@ class TwinCritic(nn.Module):
     """Two soft action values, in units of reward."""
 
     hidden_sizes: tuple[int, ...]
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, obs: jax.Array, action: jax.Array) -> jax.Array:
         """Map normalised observations (..., obs_dim) and actions (..., action_dim) to values (2, ...)."""
         x, values = jnp.concatenate([obs, action], -1), []
         for name in ("critic_1", "critic_2"):
-            y = hidden_layers(x, name, self.hidden_sizes, "relu")
+            y = x
+            for i, size in enumerate(self.hidden_sizes):
+                y = nn.Dense(size, kernel_init=nn.initializers.orthogonal(2**0.5), name=f"{name}.{2 * i}")(y)
+                y = nn.relu(nn.LayerNorm()(y) if self.layer_norm else y)
             last = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0), name=f"{name}.{2 * len(self.hidden_sizes)}")
             values.append(last(y)[..., 0])
         return jnp.stack(values)
@@ -264,8 +272,7 @@ def residual_value(
 ) -> jax.Array:
     """min_i Q_R,i(s,a) + omega' log pi(a|s) - alpha_hat log pi_theta(a|s), of q (2, ...) and all else (...).
 
-    For a ~ pi_theta its mean is the soft value of s, which the policy maximises, and of which the target is made
-    (arXiv 2306.09526; in residual_ppo.py the log-probabilities are in the reward, so in the action value).
+    For a ~ pi_theta its mean is the soft value of s: the policy maximises it, the target has it (arXiv 2306.09526).
     """
     return q.min(0) + omega_prime * prior_log_prob - alpha_hat * log_prob
 
@@ -487,7 +494,7 @@ ADAM = optax.flatten(optax.scale_by_adam())  # all parameters as one vector, whi
 @partial(jax.jit, static_argnames=("args", "alpha", "actor", "obs_dim"))
 def init_sac_state(args: Args, alpha: float, actor: Actor, obs_dim: int) -> SACState:
     """The state before the first iteration."""
-    critic = TwinCritic(args.critic_hidden_sizes)
+    critic = TwinCritic(args.critic_hidden_sizes, args.layer_norm)
     actor_key, critic_key = jax.random.split(jax.random.PRNGKey(args.seed))
     obs, action = jnp.zeros(obs_dim), jnp.zeros(actor.action_dim)
     params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs, action)}
@@ -510,12 +517,14 @@ def gradient_step(
     """A step of SAC, whose soft value is value(q, obs, action, log_prob, alpha); noise (2, batch_size, action_dim)."""
     target, log_prob = critic_target(value, args.gamma, state, batch, noise[0])
     value_loss, grads = jax.value_and_grad(critic_loss)(state.params["critic"], state, batch, target)
-    state = descend(state, "critic", grads, args.q_lr)
+    num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
+    remaining = 1 - state.iteration / num_iterations if args.anneal_lr else 1.0
+    state = descend(state, "critic", grads, remaining * args.q_lr)
 
     def improve_actor(state):
         loss, grads = jax.value_and_grad(actor_loss)(state.params["actor"], value, state, batch.obs, noise[1])
         # So that the metric's mean over all steps is the loss's over those of the policy.
-        return descend(state, "actor", grads, args.policy_lr), args.policy_frequency * loss
+        return descend(state, "actor", grads, remaining * args.policy_lr), args.policy_frequency * loss
 
     def move_target(state):
         targets, critic = state.target_params, state.params["critic"]
@@ -561,10 +570,9 @@ def residual_sac_update(
     obs, action, valid = transitions.obs[:-1], transitions.action, transitions.valid
     log_prob = policy_log_prob(state.policy, obs, action)
     omega = 1.0 if args.omega is None else args.omega
-    survival = omega * termination_reward(transitions.terminated, args.survival_reward, args.gamma)
-    reward = transitions.addon_reward + survival
-    experience = Experience(obs, action, reward, transitions.obs[1:], transitions.terminated)
-    buffer = store(buffer, experience, valid)
+    reward = transitions.addon_reward
+    reward += omega * termination_reward(transitions.terminated, args.survival_reward, args.gamma)
+    buffer = store(buffer, Experience(obs, action, reward, transitions.obs[1:], transitions.terminated), valid)
 
     def step(state, batch, noise):
         def value(q, obs, action, log_prob, alpha):
@@ -589,9 +597,7 @@ def train_off_policy(
     env_state, device = env.reset(), jax.devices()[0]
     state, buffer = jax.device_put((state, empty_buffer(args, env.obs_dim, env.action_dim)), device)
     if args.resume:
-        CONSOLE.print(
-            f"note     the buffer is not kept: learning goes on when it holds {args.learning_starts} transitions"
-        )
+        CONSOLE.print(f"note     the buffer is filled anew; learning goes on at {args.learning_starts} transitions")
     with RunLog(run_dir, args, state) as log:  # stops the run on Ctrl-C, and when numbers stop being finite
         for iteration in range(int(state.iteration), args.total_timesteps // (args.num_envs * args.num_steps)):
             env_state, transitions = rollout(env, args, jax.device_get(state.policy), env_state, iteration)
@@ -637,7 +643,7 @@ class StopRun(Exception):
         self.exit_code = exit_code
 
 
-OMEGA_SCALE, ALPHA_SCALE = 3, 1 / 3  # by default omega' = 3 omega alpha, alpha_hat = alpha / 3
+OMEGA_SCALE, ALPHA_SCALE = 3, 1  # by default omega' = 3 omega alpha, alpha_hat = alpha
 
 
 def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str]) -> Args:

@@ -375,17 +375,20 @@ def after_minutes(rows: list[dict[str, str]]) -> list[float]:
 
 
 def clock_picture(rows: list[dict[str, str]], path: Path) -> None:
-    """Return with deterministic actions against seconds of training, a line a run."""
+    """Return with deterministic actions against minutes of training, a line a run."""
     env_ids, labels = (list(dict.fromkeys(row[column] for row in rows)) for column in ("env_id", "label"))
-    figure = matplotlib.figure.Figure(figsize=(3.6 * len(env_ids), 3.6), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(1.4 + 3.6 * len(env_ids), 4), layout="constrained")
     handles = {}
     for axes, env_id in zip(figure.subplots(1, len(env_ids), squeeze=False)[0], env_ids, strict=True):
         for row in (row for row in rows if row["env_id"] == env_id):
             columns = [f"after {m:g} min" for m in after_minutes(rows) if row.get(f"steps after {m:g} min")]
             seconds, returns = ([float(row[f"{x} {name}"]) for name in columns] for x in ("seconds", "deterministic"))
-            (handles[row["label"]],) = axes.plot(seconds, returns, "o-", color=f"C{labels.index(row['label'])}")
-        axes.set(title=env_id, xlabel="seconds of training", ylabel="return", xscale="log")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+            style = {"color": f"C{labels.index(row['label'])}"}
+            (handles[row["label"]],) = axes.plot(np.divide(seconds, 60), returns, "o-", **style)
+        axes.set(title=env_id, xlabel="minutes of training", ylabel="return", xscale="log")
+        axes.set_xticks(after_minutes(rows), [f"{m:g}" for m in after_minutes(rows)])
+        axes.minorticks_off()
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -512,7 +515,10 @@ def main(args: Args) -> None:
     rows = in_order(rows, args.table)
     table = markdown(rows, args.table)
     (out / f"{args.table}.md").write_text(table)
-    (clock_picture if args.table == "clock" else picture)(rows, out / f"{args.table}.png")
+    if args.table == "clock":
+        clock_picture(rows, out / "clock.png")
+    elif any(float(row["policy stochastic addon"]) for row in rows):
+        picture(rows, out / f"{args.table}.png")
     if args.table == "residual-sac":
         curves_picture(rows, out / "residual-sac-curves.png")
     if out == RESULTS:

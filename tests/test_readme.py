@@ -4,7 +4,7 @@ import ast
 import re
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SAC_SCRIPTS, SCRIPTS
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "priors/README.md", "results/README.md", "benchmark/README.md")
@@ -43,7 +43,7 @@ def test_no_line_of_the_other_documents_is_too_long(document):
     assert [line for line in prose(document).splitlines() if len(line) > 120] == []
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "enjoy"])
+@pytest.mark.parametrize("name", [*SCRIPTS, *SAC_SCRIPTS, "enjoy"])
 def test_every_flag_is_named(name):
     found = flags(name)
     assert len(found) > 10
@@ -52,7 +52,7 @@ def test_every_flag_is_named(name):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_use_flags_that_exist(document):
-    known = {name: set(flags(name)) for name in (*SCRIPTS, "enjoy", "priors/from_sb3", "priors/measure")}
+    known = {name: set(flags(name)) for name in (*SCRIPTS, *SAC_SCRIPTS, "enjoy", "priors/from_sb3", "priors/measure")}
     commands = re.findall(r"(?m)^python (\S+)\.py (.*?)(?:  +#.*)?$", (ROOT / document).read_text())
     used = {(name, flag) for name, rest in commands if name in known for flag in re.findall(r"--[a-z-]+", rest)}
     assert {(name, flag) for name, flag in used if flag not in known[name]} == set()
