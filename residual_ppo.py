@@ -612,7 +612,7 @@ def main(args: Args) -> None:
     addon = choose_addon(args.addon, args.env_id, args.addon_coef)
     prior_path = args.resume / "prior.safetensors" if args.resume else args.prior or default_prior(args.env_id)
     prior, prior_info = load_policy(prior_path, args.env_id)
-    args = resolve_args(args, prior, prior_info)
+    args = resolve_args(args, prior, prior_info, PPO_SCALES)
     actor = dataclasses.replace(prior.actor, hidden_sizes=args.hidden_sizes)
     seeds = np.split(env_seeds(args.seed, 0, args.num_envs), jax.process_count())[jax.process_index()]
     env = make_env(args.env_id, addon, actor.squash, seeds)
@@ -643,22 +643,22 @@ class StopRun(Exception):
         self.exit_code = exit_code
 
 
-OMEGA_SCALE, ALPHA_SCALE = 3, 1 / 3  # by default omega' = 3 omega alpha, alpha_hat = alpha / 3
+PPO_SCALES = 3, 1 / 3  # by default omega' = 3 omega alpha, alpha_hat = alpha / 3
 
 
-def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str]) -> Args:
+def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: tuple[float, float]) -> Args:
     """The arguments, with what is not given set by the prior and its file; StopRun if the file does not say it.
 
     A soft-optimal prior asks for omega' = omega alpha. The log-probability of a trained one understates its reward,
-    most where customisation goes; hence OMEGA_SCALE (how it was found: results/README.md).
+    most where customisation goes; hence scales, of omega' and alpha_hat (how they were found: results/README.md).
     """
     alpha, plain = float(prior_info.get("alpha", 0)), args.omega_prime is not None
     if alpha == 0 and None in (args.omega_prime, args.alpha_hat):
         raise StopRun("the prior's file names no temperature alpha; give --omega-prime and --alpha-hat")
     omega = 1.0 if args.omega is None and not plain else args.omega
     defaults = {
-        "omega_prime": OMEGA_SCALE * omega * alpha if omega else 0.0,
-        "alpha_hat": ALPHA_SCALE * alpha,
+        "omega_prime": scales[0] * omega * alpha if omega else 0.0,
+        "alpha_hat": scales[1] * alpha,
         "survival_reward": 0.0 if plain else float(prior_info.get("survival_reward", 0)),
         "gamma": min(0.99, float(prior_info.get("gamma", 0.99))),  # a fresh critic learns no longer horizon in time
         "hidden_sizes": prior.actor.hidden_sizes,

@@ -185,7 +185,7 @@ class TwinCritic(nn.Module):
             y = x
             for i, size in enumerate(self.hidden_sizes):
                 y = nn.Dense(size, kernel_init=nn.initializers.orthogonal(2**0.5), name=f"{name}.{2 * i}")(y)
-                y = nn.relu(nn.LayerNorm()(y) if self.layer_norm else y)
+                y = nn.relu(nn.LayerNorm(name=f"{name}_norm.{2 * i}")(y) if self.layer_norm else y)
             last = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0), name=f"{name}.{2 * len(self.hidden_sizes)}")
             values.append(last(y)[..., 0])
         return jnp.stack(values)

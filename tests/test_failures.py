@@ -560,7 +560,7 @@ def test_run_interrupted_by_ctrl_c_tells_how_to_resume_and_does(tmp_path, pendul
     np.testing.assert_array_equal(tensors["obs_mean"], read_policy(pendulum_prior)[0]["obs_mean"])
     texts = ((run_dir / "args.json").read_text(), metadata["training"])
     args, resumed_args = (json.loads(text)["args"] for text in texts)
-    omega_prime, alpha_hat = residual_ppo.OMEGA_SCALE * 0.5 * 0.1, residual_ppo.ALPHA_SCALE * 0.1
+    omega_prime, alpha_hat = residual_ppo.PPO_SCALES[0] * 0.5 * 0.1, residual_ppo.PPO_SCALES[1] * 0.1
     expected = {"omega": 0.5, "omega_prime": omega_prime, "alpha_hat": alpha_hat, "gamma": 0.99}
     expected |= {"survival_reward": float(read_policy(pendulum_prior)[1]["survival_reward"])}
     assert {name: args[name] for name in expected} == pytest.approx(expected)

@@ -135,10 +135,13 @@ def random_state(seed, squash=True, dtype=np.float64):
 
 
 def numpy_layers(params, name, x):
-    """A network with ReLU between layers; params: the layers by name."""
+    """A network with layer normalisation, if it has some, and ReLU between layers; params: the layers by name."""
     layers = sorted(int(key.rpartition(".")[2]) for key in params if key.startswith(f"{name}."))
     for i in layers:
         x = x @ params[f"{name}.{i}"]["kernel"] + params[f"{name}.{i}"]["bias"]
+        if norm := params.get(f"{name}_norm.{i}"):
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+            x = x * norm["scale"] + norm["bias"]
         x = np.maximum(x, 0) if i < layers[-1] else x
     return x
 
@@ -329,6 +332,10 @@ def test_policy_and_target_critics_move_when_they_are_due():
     batch = jax.tree.map(lambda x: x[:, 0], residual_sac.Experience(*columns, transitions.terminated))
     step = jax.jit(partial(residual_sac.gradient_step, value_with(prior, 0.2), args))
     moved = []
+    late = state.replace(iteration=np.int32(0.75 * (args.total_timesteps // 16)))  # when a quarter of the rates is left
+    early_and_late = [step(x, batch, np.zeros((2, 16, ACTION_DIM), np.float32))[0].params for x in (state, late)]
+    for before, early, late in zip(*map(jax.tree.leaves, (state.params, *early_and_late)), strict=True):
+        np.testing.assert_allclose(late - before, 0.25 * (early - before), rtol=0.05, atol=1e-6)
     for _ in range(6):
         after, metrics = step(state, batch, np.float32(rng.normal(size=(2, 16, ACTION_DIM))))
         trees = [(state.params[name], after.params[name]) for name in ("critic", "actor")]
@@ -375,6 +382,7 @@ class Quadratic(nn.Module):
 BANDIT = {
     "num_envs": 8, "num_steps": 16, "updates_per_step": 1.0, "batch_size": 64, "buffer_size": 512,
     "total_timesteps": 512, "learning_starts": 0, "q_lr": 0.02, "policy_lr": 0.004, "gamma": 0.9,
+    "anneal_lr": False,
 }  # fmt: skip
 
 

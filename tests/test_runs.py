@@ -376,7 +376,9 @@ def test_discount_is_recorded_and_the_prior_s_is_the_default(runs, prior):
 def test_a_discount_near_1_is_the_default_only_up_to_0_99(prior, of_prior, given, expected):
     """Within a customisation, a fresh critic does not learn values over a horizon of 10000 steps."""
     policy, info = residual_ppo.load_policy(prior, "HalfCheetah-v4")
-    args = residual_ppo.resolve_args(residual_ppo.Args(gamma=given), policy, info | {"gamma": of_prior})
+    args = residual_ppo.resolve_args(
+        residual_ppo.Args(gamma=given), policy, info | {"gamma": of_prior}, residual_ppo.PPO_SCALES
+    )
     assert args.gamma == expected
 
 

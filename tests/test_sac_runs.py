@@ -48,10 +48,11 @@ def test_policy_of_soft_sac_is_a_prior_for_every_script(sac_runs, tmp_path):
     log_prob = np.dot(episodes["log_prob"], episodes["length"])
     survival_reward = (np.sum(episodes["basic"]) - 0.1 * log_prob) / steps
     assert float(metadata["survival_reward"]) == pytest.approx(survival_reward)
-    for script in (residual_ppo, residual_sac):
+    for script, scales in ((residual_ppo, residual_ppo.PPO_SCALES), (residual_sac, residual_sac.SAC_SCALES)):
         policy, info = script.load_policy(path, "InvertedPendulum-v4")
-        args = script.resolve_args(script.Args(env_id="InvertedPendulum-v4"), policy, info)
-        assert args.alpha_hat == pytest.approx(0.1 / 3)
+        args = script.resolve_args(script.Args(env_id="InvertedPendulum-v4", omega=0.5), policy, info, scales)
+        alpha_hat = 0.1 / 3 if script is residual_ppo else 0.1
+        assert (args.omega_prime, args.alpha_hat) == pytest.approx((3 * 0.5 * 0.1, alpha_hat))
     obs = np.float32([[0.1, -0.2, 0.3, 0.4]])
     ours = residual_ppo.action_distribution(policy, obs)
     for a, b in zip(ours, enjoy.mean_and_log_std(enjoy.read_policy(path), obs), strict=True):
