@@ -944,7 +944,7 @@ def load_checkpoint(run_dir: Path, template: Any) -> Any:
         check_arrays(*(flax.traverse_util.flatten_dict(tree, sep=".") for tree in trees))
     except Exception as error:  # a damaged file can fail in any way
         raise StopRun(f"the checkpoint in {run_dir} cannot be used: {error}; start a new run") from None
-    anew = {name: x for name, x in vars(template).items() if name == "return_trace"}  # PPO has it
+    anew = {name: x for name, x in vars(template).items() if name == "return_trace"}  # PPO's, of the episodes under way
     return jax.tree.map(jnp.asarray, state).replace(**anew)
 
 
