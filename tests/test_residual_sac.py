@@ -134,12 +134,13 @@ def random_state(seed, squash=True, dtype=np.float64):
     return state.replace(params=params, target_params=target_params, obs_stats=stats, alpha=dtype(ALPHA_HAT))
 
 
-def numpy_layers(params, name, x):
-    """A network with layer normalisation, if it has some, and ReLU between layers; params: the layers by name."""
+def numpy_layers(params, name, x, layer_norm=False):
+    """A network with ReLU, after layer normalisation or not, between layers; params: the layers by name."""
     layers = sorted(int(key.rpartition(".")[2]) for key in params if key.startswith(f"{name}."))
     for i in layers:
         x = x @ params[f"{name}.{i}"]["kernel"] + params[f"{name}.{i}"]["bias"]
-        if norm := params.get(f"{name}_norm.{i}"):
+        if layer_norm and i < layers[-1]:
+            norm = params[f"{name}_norm.{i}"]
             x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
             x = x * norm["scale"] + norm["bias"]
         x = np.maximum(x, 0) if i < layers[-1] else x
@@ -170,7 +171,8 @@ def numpy_q(state, params, obs, action):
     """The smaller of the two critics' values."""
     bounded = np.tanh(action) if state.actor.squash else action
     x = np.concatenate([numpy_normalise(obs, state.obs_stats), bounded], -1)
-    return np.minimum(*(numpy_layers(params["params"], name, x)[..., 0] for name in ("critic_1", "critic_2")))
+    names, layer_norm = ("critic_1", "critic_2"), ARGS.layer_norm
+    return np.minimum(*(numpy_layers(params["params"], name, x, layer_norm)[..., 0] for name in names))
 
 
 def numpy_soft_value(policy, prior, state, params, obs, noise, omega_prime):
