@@ -1,16 +1,19 @@
 """Short real runs that the tests share, and ways to start the scripts."""
 
 import csv
+import fcntl
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import safetensors
@@ -30,17 +33,22 @@ SAC_SHORT = (
 SAC_PENDULUM = ("--env-id", "InvertedPendulum-v4", *SAC_SHORT, "--hidden-sizes", "32", "32")
 
 
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist, which runs the test files in two processes
+
+
 def pytest_configure() -> None:
     """Let all processes of this session share what they compile, and compile fast: their programs run only briefly."""
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, would ignore it
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rpg-test-cache-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    if not IS_WORKER:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rpg-test-cache-")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def pytest_unconfigure() -> None:
     """Remove what was compiled."""
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    if not IS_WORKER:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 class Run(NamedTuple):
@@ -108,10 +116,27 @@ def write_policy(path: Path, source: Path, tensors: dict = {}, **metadata: str |
     return path
 
 
+def once(name: str, make: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What make(folder) returns: called by the first test process that needs it, for which the others wait."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if IS_WORKER else root) / name
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder.with_suffix(".pickle")
+        if not made.exists():
+            folder.mkdir()
+            made.write_bytes(pickle.dumps(make(folder)))
+        return pickle.loads(made.read_bytes())
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> dict[str, Run]:
     """A short run of each script, some of them twice: {what: Run}."""
-    folder = tmp_path_factory.mktemp("shared")
+    return once("runs", make_runs, tmp_path_factory)
+
+
+def make_runs(folder: Path) -> dict[str, Run]:
+    """The runs of the fixture of that name."""
     cheetah = ("--env-id", "HalfCheetah-v4", *SHORT)
     with ThreadPoolExecutor(2) as pool:
 
@@ -165,7 +190,11 @@ def pendulum_prior(runs) -> Path:
 @pytest.fixture(scope="session")
 def learning_runs(tmp_path_factory, prior) -> dict[str, Run]:
     """A run of soft_ppo and one of residual_ppo that are long enough to learn."""
-    folder = tmp_path_factory.mktemp("learning")
+    return once("learning", lambda folder: make_learning_runs(folder, prior), tmp_path_factory)
+
+
+def make_learning_runs(folder: Path, prior: Path) -> dict[str, Run]:
+    """The runs of the fixture of that name."""
     common = ("--num-envs", 16, "--learning-rate", 1e-3, "--eval-episodes", 8)
     soft = ("--env-id", "InvertedPendulum-v4", "--num-steps", 32, "--num-minibatches", 4, "--total-timesteps", 40_000)
     residual = ("--prior", prior, "--omega", 0.1, "--addon-coef", 3, "--num-steps", 64, "--total-timesteps", 30_000)
@@ -180,7 +209,11 @@ def learning_runs(tmp_path_factory, prior) -> dict[str, Run]:
 @pytest.fixture(scope="session")
 def sac_runs(tmp_path_factory) -> dict[str, Run]:
     """A short run of soft_sac, and one of residual_sac with a shipped prior: {script: Run}."""
-    folder = tmp_path_factory.mktemp("sac")
+    return once("sac", make_sac_runs, tmp_path_factory)
+
+
+def make_sac_runs(folder: Path) -> dict[str, Run]:
+    """The runs of the fixture of that name."""
     flags = ("--env-id", "Hopper-v4", *SAC_SHORT, "--prior", ROOT / "priors" / "Hopper-v4.safetensors")
     with ThreadPoolExecutor(2) as pool:
         jobs = {
