@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-ALGORITHMS = ("soft_ppo.py", "PPO of SBX", "PPO of SB3", "SAC of SBX")
+ALGORITHMS = ("soft_ppo.py", "soft_sac.py", "PPO of SBX", "PPO of SB3", "SAC of SBX")
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,22 @@ class Args:
     minutes: tuple[float, ...] = (1, 3, 10)
     """when to evaluate; training ends with the last"""
     flags: str = ""
-    """further flags of soft_ppo.py"""
+    """further flags of soft_ppo.py or soft_sac.py"""
 
 
-def soft_ppo(args: Args) -> list[dict[str, float]]:
-    """A run for each number of minutes, as the learning rate is annealed, of the steps that it has time for."""
+def own_script(args: Args) -> list[dict[str, float]]:
+    """A run for each number of minutes, of the steps that it has time for: soft_ppo.py anneals its learning rate."""
     measured, results = [], []
+    unit = 40_960 if args.algorithm == "soft_ppo.py" else 10_240
     for minutes in (None, None, *args.minutes):  # the first two runs only measure compilation and speed
-        steps = 2048 * (60 if measured else 20)
+        steps = unit * (3 if measured else 1)
         if minutes:
             (steps_0, seconds_0), (steps_1, seconds_1) = measured[0], measured[-1]
             speed = (steps_1 - steps_0) / (seconds_1 - seconds_0)
             steps = int(steps_1 + 0.98 * speed * (60 * minutes - seconds_1))
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(ROOT / "soft_ppo.py"), "--env-id", args.env_id, "--seed", str(args.seed)]
-            command += ["--total-timesteps", str(max(steps, 2048)), "--no-progress", "--runs-dir", folder]
+            command = [sys.executable, str(ROOT / args.algorithm), "--env-id", args.env_id, "--seed", str(args.seed)]
+            command += ["--total-timesteps", str(max(steps, unit // 2)), "--no-progress", "--runs-dir", folder]
             subprocess.run([*command, *args.flags.split()], check=True, capture_output=True, text=True)
             (run_dir,) = Path(folder).iterdir()
             last_row = np.atleast_1d(np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True))[-1]
@@ -114,4 +115,4 @@ def mean_return(args: Args, model: Any, deterministic: bool) -> float:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    print(json.dumps(soft_ppo(args) if args.algorithm == "soft_ppo.py" else peer(args)))
+    print(json.dumps(own_script(args) if args.algorithm.endswith(".py") else peer(args)))
