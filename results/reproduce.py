@@ -400,10 +400,8 @@ def overview() -> str:
     rows = [row for name in ("customisation", "default", "residual-sac") for row in read_rows(RESULTS / f"{name}.csv")]
     lines = [f"| | prior | {' | '.join(columns.values())} |", "|---" * (len(columns) + 2) + "|"]
     for env_id in dict.fromkeys(setting.env_id for setting in default()):
-        runs = [row for row in rows if row["env_id"] == env_id]
-        runs = [row for row in runs if row["prior stochastic total"] and not prior_of(row)]
-        priors = {row["seed"]: float(row["prior stochastic total"]) for row in reversed(runs)}
-        cells = [mean_and_interval([priors[seed] for seed in sorted(priors)])]
+        runs = [row for row in rows if row["env_id"] == env_id and not prior_of(row)]
+        cells = [mean_and_interval([float(x["prior stochastic total"]) for x in runs if x["label"] == "omega = 1"])]
         for label in columns:
             totals = [float(row["policy stochastic total"]) for row in runs if row["label"] == label]
             cells.append(mean_and_interval(totals) if totals else "–")
