@@ -269,7 +269,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def rows_of_other_tables(missing: list[tuple[Setting, int]], out: Path) -> list[dict[str, str]]:
     """The missing runs that another table has under another label, with the label that is missing."""
     known = {}
-    for row in (row for name in TABLES for row in read_rows(out / f"{name}.csv")):
+    for row in (row for name in TABLES if name != "clock" for row in read_rows(out / f"{name}.csv")):
         known[row["env_id"], row["flags"], row["script"], int(row["seed"])] = row
     found = ((setting, known.get((setting.env_id, setting.flags, setting.script, seed))) for setting, seed in missing)
     return [row | {"label": setting.label} for setting, row in found if row]

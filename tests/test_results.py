@@ -43,6 +43,17 @@ def test_mean_and_interval_of_a_known_sample():
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
 
 
+def test_only_a_run_with_the_same_flags_stands_for_one_of_another_table(tmp_path):
+    """Of the table clock the flags do not say all: the algorithm is the label."""
+    for name in ("clock", "customisation"):
+        (tmp_path / f"{name}.csv").write_text((reproduce.RESULTS / f"{name}.csv").read_text())
+    greedy = next(setting for setting in reproduce.customisation() if setting.label == "Greedy PPO")
+    clock = next(setting for setting in reproduce.clock() if setting.label == "soft_ppo.py")
+    wanted = [greedy, greedy._replace(flags="--omega 0.7"), clock._replace(label="another algorithm")]
+    reused = reproduce.rows_of_other_tables([(x._replace(label=f"like {x.label}"), 101) for x in wanted], tmp_path)
+    assert [row["label"] for row in reused] == ["like Greedy PPO"]
+
+
 def test_smoke_run_fills_a_table_and_is_not_repeated(tmp_path):
     """Really run, with tiny budgets; the second call finds all rows there."""
     command = [sys.executable, str(ROOT / "results" / "reproduce.py"), "init", "--smoke", "--out", str(tmp_path)]
