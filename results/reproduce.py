@@ -381,13 +381,15 @@ def clock_picture(rows: list[dict[str, str]], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(1.4 + 3.6 * len(env_ids), 4), layout="constrained")
     handles = {}
     for axes, env_id in zip(figure.subplots(1, len(env_ids), squeeze=False)[0], env_ids, strict=True):
-        for row in (row for row in rows if row["env_id"] == env_id):
-            columns = [f"after {m:g} min" for m in after_minutes(rows) if row.get(f"steps after {m:g} min")]
+        runs = [row for row in rows if row["env_id"] == env_id]
+        minutes = [m for m in after_minutes(rows) if any(row.get(f"steps after {m:g} min") for row in runs)]
+        for row in runs:
+            columns = [f"after {m:g} min" for m in minutes if row.get(f"steps after {m:g} min")]
             seconds, returns = ([float(row[f"{x} {name}"]) for name in columns] for x in ("seconds", "deterministic"))
             style = {"color": f"C{labels.index(row['label'])}"}
             (handles[row["label"]],) = axes.plot(np.divide(seconds, 60), returns, "o-", **style)
-        axes.set(title=env_id, xlabel="minutes of training", ylabel="return", xscale="log")
-        axes.set_xticks(after_minutes(rows), [f"{m:g}" for m in after_minutes(rows)])
+        axes.set(title=env_id, xlabel="minutes of training", ylabel="return, deterministic actions", xscale="log")
+        axes.set_xticks(minutes, [f"{m:g}" for m in minutes])
         axes.minorticks_off()
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
