@@ -267,7 +267,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def rows_of_other_tables(missing: list[tuple[Setting, int]], out: Path) -> list[dict[str, str]]:
-    """The missing runs that another table has under another label, with the label that is missing."""
+    """The missing runs that another table has under another label, with the label that is missing.
+
+    The clock's runs are not among them: their flags do not name the algorithm.
+    """
     known = {}
     for row in (row for name in TABLES if name != "clock" for row in read_rows(out / f"{name}.csv")):
         known[row["env_id"], row["flags"], row["script"], int(row["seed"])] = row
