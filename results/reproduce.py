@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -311,9 +312,10 @@ def markdown(rows: list[dict[str, str]], name: str) -> str:
     for row in rows:
         groups.setdefault((row["env_id"], row["label"]), []).append(row)
     commits, dates = (", ".join(sorted({row[name] for row in rows})) for name in ("commit", "date"))
+    about = f"`python results/reproduce.py {name}`, commit {commits}, {dates}. Mean [95 % bootstrap interval] over "
+    about += "seeds, 20 fresh episodes a seed; sampled actions, the last column deterministic."
     lines = [
-        f"`python results/reproduce.py {name}`, commit {commits}, {dates}. Mean [95 % bootstrap",
-        "interval] over seeds, 20 fresh episodes a seed; sampled actions, the last column deterministic.",
+        *textwrap.wrap(about, 120),
         "",
         "| environment | policy | seeds | total | basic | add-on | quantity | KL to prior | minutes | total, det. |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -351,9 +353,10 @@ def clock_markdown(rows: list[dict[str, str]]) -> str:
     """The table of returns by the clock."""
     commits, dates = (", ".join(sorted({row[name] for row in rows})) for name in ("commit", "date"))
     minutes = after_minutes(rows)
+    about = f"`python results/reproduce.py clock`, commit {commits}, {dates}. Return with sampled / deterministic "
+    about += "actions of 20 episodes, mean [95 % bootstrap interval] over seeds, and environment steps."
     lines = [
-        f"`python results/reproduce.py clock`, commit {commits}, {dates}. Return with sampled / deterministic actions",
-        "of 20 episodes, mean [95 % bootstrap interval] over seeds, and environment steps.",
+        *textwrap.wrap(about, 120),
         "",
         f"| environment | algorithm | seeds | {' | '.join(f'after {m:g} min | steps' for m in minutes)} |",
         "|" + "---|" * (3 + 2 * len(minutes)),
