@@ -85,9 +85,13 @@ def customisation() -> Iterator[Setting]:
         for k in (1, RULE[0]):
             yield Setting(env_id, f"Residual PPO, plain, ω′ = {k:g} α, α̂ = α / 3", weights(env_id, k, RULE[1]))
         yield Setting(env_id, "Residual PPO, default")
-        task = ADDONS[env_id.removesuffix("-v4")]
-        full = f"--addon {task} --alpha {alpha_of(env_id):g} --total-timesteps 4000000"
-        yield Setting(env_id, "Full: Soft PPO, 4M steps", full, "soft_ppo")
+        yield full(env_id)
+
+
+def full(env_id: str) -> Setting:
+    """The paper's full policy, which knows both rewards: from scratch, at the prior's temperature."""
+    flags = f"--addon {ADDONS[env_id.removesuffix('-v4')]} --alpha {alpha_of(env_id):g} --total-timesteps 4000000"
+    return Setting(env_id, "Full: Soft PPO, 4M steps", flags, "soft_ppo")
 
 
 def survival() -> Iterator[Setting]:
@@ -106,7 +110,7 @@ def survival_of(env_id: str) -> float:
 
 
 def trade_off() -> Iterator[Setting]:
-    """omega' at the default alpha_hat, and alpha_hat at the default omega', as multiples of alpha; and KL PPO."""
+    """omega' at the default alpha_hat, alpha_hat at the default omega', as multiples of alpha; and other methods."""
     for env_id in ("Ant-v4", "Hopper-v4"):
         c = survival_of(env_id)
         for k in (0, 1, 2):
@@ -116,8 +120,10 @@ def trade_off() -> Iterator[Setting]:
             yield Setting(env_id, f"ω′ = {k:g} α", f"{weights(env_id, k, RULE[1])} --survival-reward {c:.6g}")
         for a in (0, 1, 3):
             yield Setting(env_id, f"α̂ = {a:g} α", f"{weights(env_id, RULE[0], a)} --survival-reward {c:.6g}")
+        yield Setting(env_id, "Greedy PPO", weights(env_id, 0, RULE[1]))
         for k in (1, RULE[0]):
             yield Setting(env_id, f"KL PPO, ω′ = α̂ = {k:g} α", weights(env_id, k, k))
+        yield full(env_id)
 
 
 def entropy_tuning() -> Iterator[Setting]:
