@@ -317,11 +317,9 @@ def markdown(rows: list[dict[str, str]], name: str) -> str:
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["env_id"], row["label"]), []).append(row)
-    commits, dates = (", ".join(sorted({row[name] for row in rows})) for name in ("commit", "date"))
-    about = f"`python results/reproduce.py {name}`, commit {commits}, {dates}. Mean [95 % bootstrap interval] over "
-    about += "seeds, 20 fresh episodes a seed; sampled actions, the last column deterministic."
+    cells = "Mean [95 % bootstrap interval] over seeds, 20 fresh episodes a seed; sampled actions, the last column"
     lines = [
-        *textwrap.wrap(about, 120),
+        *heading(rows, name, f"{cells} deterministic."),
         "",
         "| environment | policy | seeds | total | basic | add-on | quantity | KL to prior | minutes | total, det. |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -335,6 +333,12 @@ def markdown(rows: list[dict[str, str]], name: str) -> str:
             lines.append(table_row(env_id, f"prior{prior_of(runs[0])}", "prior", list(of_seed.values())))
         lines.append(table_row(env_id, label, "policy", runs))
     return "\n".join(lines) + "\n"
+
+
+def heading(rows: list[dict[str, str]], name: str, cells: str) -> list[str]:
+    """The lines above a table: which command, commits and dates it is of, and what its cells are."""
+    commits, dates = (", ".join(sorted({row[column] for row in rows})) for column in ("commit", "date"))
+    return textwrap.wrap(f"`python results/reproduce.py {name}`, commit {commits}, {dates}. {cells}", 120)
 
 
 def prior_of(row: dict[str, str]) -> str:
@@ -357,12 +361,10 @@ def table_row(env_id: str, title: str, role: str, runs: list[dict[str, str]]) ->
 
 def clock_markdown(rows: list[dict[str, str]]) -> str:
     """The table of returns by the clock."""
-    commits, dates = (", ".join(sorted({row[name] for row in rows})) for name in ("commit", "date"))
     minutes = after_minutes(rows)
-    about = f"`python results/reproduce.py clock`, commit {commits}, {dates}. Return with sampled / deterministic "
-    about += "actions of 20 episodes, mean [95 % bootstrap interval] over seeds, and environment steps."
+    cells = "Return with sampled / deterministic actions of 20 episodes, mean [95 % bootstrap interval] over seeds, and"
     lines = [
-        *textwrap.wrap(about, 120),
+        *heading(rows, "clock", f"{cells} environment steps."),
         "",
         f"| environment | algorithm | seeds | {' | '.join(f'after {m:g} min | steps' for m in minutes)} |",
         "|" + "---|" * (3 + 2 * len(minutes)),
