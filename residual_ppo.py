@@ -650,7 +650,7 @@ def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: 
     """The arguments, with what is not given set by the prior and its file; StopRun if the file does not say it.
 
     A soft-optimal prior asks for omega' = omega alpha. The log-probability of a trained one understates its reward,
-    most where customisation goes; hence scales, of omega' and alpha_hat (how they were found: results/README.md).
+    most where customisation goes; hence scales, of omega' and alpha_hat (how they were found: results/defaults.md).
     """
     alpha, plain = float(prior_info.get("alpha", 0)), args.omega_prime is not None
     if alpha == 0 and None in (args.omega_prime, args.alpha_hat):

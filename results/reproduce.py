@@ -219,7 +219,7 @@ class Args:
     smoke: bool = False
     """tiny budgets, one environment, one seed, into results/smoke: a test that everything runs"""
     out: Path = RESULTS
-    """where the table's CSV, Markdown and picture are"""
+    """where the table's CSV and picture are; its Markdown is in results/README.md, or there, if it is another folder"""
 
 
 def run(setting: Setting, seed: int, smoke: bool) -> dict[str, object]:
@@ -527,7 +527,6 @@ def main(args: Args) -> None:
         sys.exit(f"reproduce.py: {path} has no runs yet; leave out --no-run")
     rows = in_order(rows, args.table)
     table = markdown(rows, args.table)
-    (out / f"{args.table}.md").write_text(table)
     if args.table == "clock":
         clock_picture(rows, out / "clock.png")
     elif any(float(row["policy stochastic addon"]) for row in rows):
@@ -536,7 +535,9 @@ def main(args: Args) -> None:
         curves_picture(rows, out / "residual-sac-curves.png")
     if out == RESULTS:
         insert(ROOT / "README.md", "overview", overview())
-        insert(RESULTS / "README.md", f"{args.table}.md", table)
+        insert(RESULTS / "README.md", args.table, table)
+    else:
+        (out / f"{args.table}.md").write_text(table)
     print(table)
 
 

@@ -7,7 +7,8 @@ import pytest
 from conftest import ROOT, SAC_SCRIPTS, SCRIPTS
 
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "priors/README.md", "results/README.md", "benchmark/README.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "priors/README.md", "benchmark/README.md", "results/README.md")
+DOCUMENTS += ("results/defaults.md", "results/mirror_descent_vi/README.md")
 
 
 def flags(name):

@@ -15,11 +15,10 @@ TABLES = [name for name in reproduce.TABLES if (reproduce.RESULTS / f"{name}.csv
 
 @pytest.mark.parametrize("name", TABLES)
 def test_table_is_what_its_csv_says(name):
-    """In results/<table>.md and in results/README.md."""
     rows = reproduce.read_rows(reproduce.RESULTS / f"{name}.csv")
     table = reproduce.markdown(reproduce.in_order(rows, name), name)
-    assert (reproduce.RESULTS / f"{name}.md").read_text() == table
-    assert table.strip() in (reproduce.RESULTS / "README.md").read_text()
+    marked = f"<!-- {name} from here -->\n{table}<!-- to here -->"
+    assert marked in (reproduce.RESULTS / "README.md").read_text()
 
 
 def test_overview_in_readme_is_what_the_runs_say():
