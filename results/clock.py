@@ -34,8 +34,6 @@ class Args:
     """seed of the environments, the networks and the sampling"""
     minutes: tuple[float, ...] = (1, 3, 10)
     """when to evaluate; training ends with the last"""
-    flags: str = ""
-    """further flags of soft_ppo.py or soft_sac.py"""
 
 
 def own_script(args: Args) -> list[dict[str, float]]:
@@ -51,7 +49,7 @@ def own_script(args: Args) -> list[dict[str, float]]:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, str(ROOT / args.algorithm), "--env-id", args.env_id, "--seed", str(args.seed)]
             command += ["--total-timesteps", str(max(steps, unit // 2)), "--no-progress", "--runs-dir", folder]
-            subprocess.run([*command, *args.flags.split()], check=True, capture_output=True, text=True)
+            subprocess.run(command, check=True, capture_output=True, text=True)
             (run_dir,) = Path(folder).iterdir()
             last_row = np.atleast_1d(np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True))[-1]
             means = json.loads((run_dir / "eval.json").read_text())["policy"]["mean"]
