@@ -317,20 +317,19 @@ def markdown(rows: list[dict[str, str]], name: str) -> str:
     for row in rows:
         groups.setdefault((row["env_id"], row["label"]), []).append(row)
     cells = "Mean [95 % bootstrap interval] over seeds, 20 fresh episodes a seed; sampled actions, the last column"
-    lines = [
-        *heading(rows, name, f"{cells} deterministic."),
-        "",
-        "| environment | policy | seeds | total | basic | add-on | quantity | KL to prior | minutes | total, det. |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["total", "basic", "add-on", "quantity", "KL to prior"] if have_addon(rows) else ["return"]
+    columns = ["environment", "policy", "seeds", *columns, "minutes", f"{columns[0]}, det."]
+    lines = [*heading(rows, name, f"{cells} deterministic."), "", f"| {' | '.join(columns)} |"]
+    lines.append("|" + "---|" * len(columns))
     priors = {(row["env_id"], prior_of(row)): {} for row in rows}
     for row in rows:  # the prior is evaluated in every run, and equally in all runs with a seed
         if row.get("prior stochastic total"):
             priors[row["env_id"], prior_of(row)][row["seed"]] = row
     for (env_id, label), runs in groups.items():
         if of_seed := priors.pop((env_id, prior_of(runs[0])), None):
-            lines.append(table_row(env_id, f"prior{prior_of(runs[0])}", "prior", list(of_seed.values())))
-        lines.append(table_row(env_id, label, "policy", runs))
+            title = f"prior{prior_of(runs[0])}"
+            lines.append(table_row(env_id, title, "prior", list(of_seed.values()), have_addon(rows)))
+        lines.append(table_row(env_id, label, "policy", runs, have_addon(rows)))
     return "\n".join(lines) + "\n"
 
 
@@ -345,14 +344,20 @@ def prior_of(row: dict[str, str]) -> str:
     return ", classical" if "results/classical" in row["flags"] else ", of SAC" if "-sac." in row["flags"] else ""
 
 
-def table_row(env_id: str, title: str, role: str, runs: list[dict[str, str]]) -> str:
+def have_addon(rows: list[dict[str, str]]) -> bool:
+    """Whether the runs have an add-on task; if not, the total return is the basic one."""
+    return any(float(row["policy stochastic addon"]) for row in rows)
+
+
+def table_row(env_id: str, title: str, role: str, runs: list[dict[str, str]], addon: bool) -> str:
     """A row of the table: the "prior" or the "policy" (which is its role) of some runs that differ by the seed."""
     cells = []
-    for column in COLUMNS:
+    for column in COLUMNS if addon else COLUMNS[:1]:
         values = [float(row[f"{role} stochastic {column}"]) for row in runs]
         cells.append(mean_and_interval(values, 3 if column == "quantity" else 0))
-    kl = [float(row["kl_to_prior"]) for row in runs if row.get("kl_to_prior")]
-    cells.append(f"{np.mean(kl):.2f}" if kl and role == "policy" else "–")
+    if addon:
+        kl = [float(row["kl_to_prior"]) for row in runs if row.get("kl_to_prior")]
+        cells.append(f"{np.mean(kl):.2f}" if kl and role == "policy" else "–")
     cells.append(f"{np.mean([float(row['minutes']) for row in runs]):.1f}" if role == "policy" else "–")
     cells.append(mean_and_interval([float(row[f"{role} deterministic total"]) for row in runs]))
     return "| " + " | ".join([env_id, title, str(len(runs)), *cells]) + " |"
@@ -490,46 +495,67 @@ def insert(document: Path, name: str, table: str) -> None:
         document.write_text(before + start + table + rest[rest.index(end) :])
 
 
+def choose(settings: list[Setting], field: str, given: tuple[str, ...]) -> list[Setting]:
+    """The settings whose field is among the given ones; all, if none is given."""
+    known = dict.fromkeys(getattr(setting, field) for setting in settings)
+    if unknown := [x for x in given if x not in known]:
+        stop(f"the table has no {field} {unknown[0]!r}; it has: {'; '.join(known)}", 2)
+    return [setting for setting in settings if not given or getattr(setting, field) in given]
+
+
+def run_missing(args: Args, settings: list[Setting], seeds: tuple[int, ...], path: Path) -> list[dict[str, str]]:
+    """Run what the table's CSV, and those beside it, lack, and add it there; returns all of the table's runs."""
+
+    def is_missing(pair):
+        setting, seed = pair
+        return all((x["env_id"], x["label"], int(x["seed"])) != (setting.env_id, setting.label, seed) for x in rows)
+
+    rows, wanted = read_rows(path), [(setting, seed) for seed in seeds for setting in settings]
+    if reused := rows_of_other_tables(list(filter(is_missing, wanted)), path.parent):
+        rows += reused
+        write_rows(path, rows)
+    missing, failed = list(filter(is_missing, wanted)) if args.run else [], 0
+    if missing:
+        print(f"{len(missing)} runs to go, {args.jobs} at a time", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = {pool.submit(run, setting, seed, args.smoke): (setting, seed) for setting, seed in missing}
+        for job in as_completed(jobs):
+            setting, seed = jobs[job]
+            try:
+                rows.append(job.result())
+            except subprocess.CalledProcessError as error:
+                print(f"{setting.env_id}, {setting.label}, seed {seed} failed: {error.stderr.strip()}", flush=True)
+                failed += 1
+                continue
+            write_rows(path, rows)
+            print(f"{setting.env_id}, {setting.label}, seed {seed}: done", flush=True)
+    if failed:
+        stop(f"{failed} runs failed; those that did not are in {path}, and the same command repeats the others", 1)
+    return rows
+
+
+def stop(message: str, exit_code: int) -> None:
+    """End the program with one line; exit code 2: bad input, 1: runs failed."""
+    print(f"reproduce.py: {message}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
 def main(args: Args) -> None:
     """Run what is missing, then write table and picture."""
     out = RESULTS / "smoke" if args.smoke and args.out == RESULTS else args.out
+    seeds = args.seeds or ((21, 22) if args.table == "entropy-tuning" else (101, 102, 103, 104, 105))
+    settings = choose(choose(list(TABLES[args.table]()), "env_id", args.env_ids), "label", args.labels)
+    if args.smoke:
+        settings, seeds = [x for x in settings if x.env_id == settings[0].env_id], seeds[:1]
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{args.table}.csv"
-    seeds = args.seeds or ((21, 22) if args.table == "entropy-tuning" else (101, 102, 103, 104, 105))
-    seeds = seeds[:1] if args.smoke else seeds
-    settings = [x for x in TABLES[args.table]() if not args.env_ids or x.env_id in args.env_ids]
-    settings = [x for x in settings if not args.labels or x.label in args.labels]
-    if args.smoke:
-        settings = [x for x in settings if x.env_id == settings[0].env_id]
-    rows = read_rows(path)
-    done = {(row["env_id"], row["label"], int(row["seed"])) for row in rows}
-    missing = [(x, seed) for seed in seeds for x in settings if (x.env_id, x.label, seed) not in done]
-    if reused := rows_of_other_tables(missing, out):
-        rows += reused
-        write_rows(path, rows)
-        done |= {(row["env_id"], row["label"], int(row["seed"])) for row in reused}
-        missing = [(x, seed) for x, seed in missing if (x.env_id, x.label, seed) not in done]
-    if args.run and missing:
-        print(f"{len(missing)} runs to go, {args.jobs} at a time", flush=True)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = {pool.submit(run, setting, seed, args.smoke): (setting, seed) for setting, seed in missing}
-            for job in as_completed(jobs):
-                setting, seed = jobs[job]
-                try:
-                    row = job.result()
-                except subprocess.CalledProcessError as error:
-                    print(f"{setting.env_id}, {setting.label}, seed {seed} failed: {error.stderr.strip()}", flush=True)
-                    continue
-                rows.append(row)
-                write_rows(path, rows)
-                print(f"{setting.env_id}, {setting.label}, seed {seed}: done", flush=True)
+    rows = in_order(run_missing(args, settings, seeds, path), args.table)
     if not rows:
-        sys.exit(f"reproduce.py: {path} has no runs yet; leave out --no-run")
-    rows = in_order(rows, args.table)
+        stop(f"{path} has no runs yet; leave out --no-run", 2)
     table = markdown(rows, args.table)
     if args.table == "clock":
         clock_picture(rows, out / "clock.png")
-    elif any(float(row["policy stochastic addon"]) for row in rows):
+    elif have_addon(rows):
         picture(rows, out / f"{args.table}.png")
     if args.table == "residual-sac":
         curves_picture(rows, out / "residual-sac-curves.png")

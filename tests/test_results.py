@@ -53,17 +53,40 @@ def test_only_a_run_with_the_same_flags_stands_for_one_of_another_table(tmp_path
     assert [row["label"] for row in reused] == ["like Greedy PPO"]
 
 
+def call_reproduce(*flags):
+    """Exit code and output of `reproduce.py init`."""
+    command = [sys.executable, str(ROOT / "results" / "reproduce.py"), "init", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
 def test_smoke_run_fills_a_table_and_is_not_repeated(tmp_path):
     """Really run, with tiny budgets; the second call finds all rows there."""
-    command = [sys.executable, str(ROOT / "results" / "reproduce.py"), "init", "--smoke", "--out", str(tmp_path)]
-    command += ["--labels", "from scratch"]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    flags = ("--smoke", "--out", tmp_path, "--labels", "from scratch")
+    first = call_reproduce(*flags)
     assert first.returncode == 0, first.stderr
     assert "1 runs to go" in first.stdout
     table = (tmp_path / "init.md").read_text()
     assert "| prior |" in table and "| from scratch |" in table
     assert (tmp_path / "init.png").read_bytes().startswith(b"\x89PNG")
-    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    again = call_reproduce(*flags)
     assert again.returncode == 0
     assert "to go" not in again.stdout
     assert (tmp_path / "init.md").read_text() == table
+
+
+def test_a_failed_run_is_said_and_leaves_no_row(tmp_path):
+    """No environment can have a negative seed, which the script finds, not reproduce.py."""
+    failed = call_reproduce("--smoke", "--out", tmp_path, "--labels", "from scratch", "--seeds", "-1")
+    assert failed.returncode == 1
+    assert "--seed is -1" in failed.stdout
+    assert failed.stderr.startswith("reproduce.py: 1 runs failed") and failed.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [("--env-ids", "Hoper-v4"), ("--labels", "scratch"), ("--no-run",)])
+def test_what_the_table_does_not_have_is_one_line(flags, tmp_path):
+    """Nothing is run, nothing written."""
+    refused = call_reproduce(*flags, "--out", tmp_path)
+    assert refused.returncode == 2
+    assert flags[-1].strip("-") in refused.stderr and refused.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
