@@ -107,13 +107,13 @@ class Args:
     prior: Path | None = None
     """the prior's policy file; if not given, priors/<env-id>.safetensors here or beside this script"""
     omega: float | None = None
-    """weight of the basic task, which sets omega' and the survival term, and defines the objective; if not given, 1"""
+    """weight of the basic task: omega' = 3 omega alpha; also of the survival term, in the objective; if not given, 1"""
     omega_prime: float | None = None
     """weight of log pi, in units of reward per nat, instead of --omega's; the survival reward is then 0 unless given"""
     alpha_hat: float | None = None
-    """temperature of the customised policy, in units of reward per nat; if not given, as resolve_args says"""
+    """temperature of the customised policy, in units of reward per nat; if not given, a third of the prior's alpha"""
     survival_reward: float | None = None
-    """reward per step, before the factor omega; if not given, as the prior's file says; 0: the paper's objective"""
+    """reward per step, times omega, that an end forgoes; if not given, the prior's file's; 0: the paper's objective"""
     init_from_prior: bool = True
     """start as the prior, whose frozen normaliser is kept; the critic starts fresh in any case"""
     hidden_sizes: tuple[int, ...] | None = None
@@ -127,7 +127,7 @@ class Args:
     anneal_lr: bool = True
     """lower the learning rate linearly to 0 over the run"""
     gamma: float | None = None
-    """discount; if not given, the prior's, in which alone log pi hides no more than shaping, but at most 0.99"""
+    """discount; if not given, the prior's, with which log pi equals its reward up to shaping, but at most 0.99"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 16
@@ -276,7 +276,7 @@ def termination_reward(terminated: jax.Array, survival_reward: float, gamma: flo
 
     c = mean r - alpha mean log pi = (1 - gamma) mean V* under the prior: the value that an end forgoes (README.md).
     """
-    return jnp.where(terminated, -gamma * survival_reward / (1 - gamma), 0.0)
+    return jnp.where(terminated, -gamma * survival_reward / ((1 - gamma) or 1), 0.0)  # with gamma = 1, c is 0
 
 
 def discounted_sum(start: jax.Array, x: jax.Array, decay: jax.Array, reverse: bool = False) -> jax.Array:
@@ -474,7 +474,7 @@ class TrainState:
     params: Any  # {"actor", "critic"}
     opt_state: optax.OptState
     obs_stats: RunningStats
-    return_stats: RunningStats  # of the discounted returns; their deviation is the unit of the critic
+    return_stats: RunningStats  # of the discounted returns; their standard deviation is the unit of the critic
     return_trace: jax.Array  # the discounted returns under way, (num_envs,)
     iteration: jax.Array
     actor: Actor = flax.struct.field(pytree_node=False)
@@ -649,12 +649,12 @@ PPO_SCALES = 3, 1 / 3  # by default omega' = 3 omega alpha, alpha_hat = alpha / 
 def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: tuple[float, float]) -> Args:
     """The arguments, with what is not given set by the prior and its file; StopRun if the file does not say it.
 
-    A soft-optimal prior asks for omega' = omega alpha. The log-probability of a trained one understates its reward,
-    most where customisation goes; hence scales, of omega' and alpha_hat (how they were found: results/defaults.md).
+    A soft-optimal prior asks for omega' = omega alpha. The log-probability of a trained one understates its reward
+    where customisation goes; hence scales, of omega' and alpha_hat (how they were found: results/defaults.md).
     """
     alpha, plain = float(prior_info.get("alpha", 0)), args.omega_prime is not None
     if alpha == 0 and None in (args.omega_prime, args.alpha_hat):
-        raise StopRun("the prior's file names no temperature alpha; give --omega-prime and --alpha-hat")
+        raise StopRun("the prior's file names no temperature alpha above 0; give --omega-prime and --alpha-hat")
     omega = 1.0 if args.omega is None and not plain else args.omega
     defaults = {
         "omega_prime": scales[0] * omega * alpha if omega else 0.0,
@@ -890,7 +890,7 @@ def default_prior(env_id: str) -> Path:
 
 def provenance(args: Args) -> dict[str, Any]:
     """The arguments, and what else results depend on."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     packages = ("jax", "flax", "optax", "envpool", "gymnasium", "numpy")
     mujoco = ctypes.CDLL(sys.modules["envpool.mujoco.mujoco_gym_envpool"].__file__)
     mujoco.mj_versionString.restype = ctypes.c_char_p
@@ -917,7 +917,7 @@ def open_run(args: Args, state: Any, files: dict[str, bytes]) -> tuple[Path, Any
                 files = files | {"args.json": json.dumps(provenance(args), indent=2, default=str).encode()}
                 for name, data in files.items():
                     write_atomic(run_dir / name, data)
-            fcntl.flock(os.open(run_dir / "args.json", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(os.open(run_dir / "args.json", os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise StopRun(f"another process goes on with the run {run_dir}; wait for it, or start a new run") from None
     except OSError as error:
@@ -959,15 +959,15 @@ def episode_metrics(finished: dict[str, jax.Array]) -> dict[str, jax.Array]:
 class RunLog(contextlib.AbstractContextManager):
     """Keeps a run's last state, and its metrics: in metrics.csv, TensorBoard (which --track mirrors), the terminal.
 
-    However the run ends, its last state whose metrics are finite is in the run folder.
+    However the run ends, short of a kill, its last state whose metrics are finite is in the run folder.
     """
 
     def __init__(self, run_dir: Path, args: Args, state: Any):
         """Go on from a state; rows that an interrupted run wrote after it are dropped."""
         self.run_dir, self.args, self.state, self.interrupted = run_dir, args, state, False
-        self.batch_size, writes = args.num_envs * args.num_steps, jax.process_index() == 0
-        self.total = args.total_timesteps // self.batch_size * self.batch_size
-        first_step = int(state.iteration) * self.batch_size
+        self.iteration_steps, writes = args.num_envs * args.num_steps, jax.process_index() == 0
+        self.total = args.total_timesteps // self.iteration_steps * self.iteration_steps
+        first_step = int(state.iteration) * self.iteration_steps
         path = run_dir / "metrics.csv" if writes else Path(os.devnull)
         rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
         rows = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= first_step]
@@ -1008,9 +1008,9 @@ class RunLog(contextlib.AbstractContextManager):
         if bad := [name for name, value in metrics.items() if not np.isfinite(value)]:
             where = f"in iteration {int(state.iteration)}; the state before it is in {self.run_dir}"
             raise StopRun(f"{', '.join(bad)} not finite {where}; try a lower learning rate", exit_code=1)
-        self.state, metrics, global_step = state, returns | metrics, int(state.iteration) * self.batch_size
+        self.state, metrics, global_step = state, returns | metrics, int(state.iteration) * self.iteration_steps
         now, last = time.time(), global_step >= self.total
-        speed, self.written_at = self.batch_size / (now - self.written_at), now
+        speed, self.written_at = self.iteration_steps / (now - self.written_at), now
         row = {"global_step": global_step, "elapsed_s": f"{now - self.start:.3f}", "steps_per_s": f"{speed:.0f}"}
         row |= {name: f"{value:.6g}" for name, value in metrics.items()}
         if not self.csv.tell():
@@ -1081,8 +1081,8 @@ def describe_prior(args: Args, addon: AddonTask, path: Path, info: dict[str, str
     if info["env_id"] != args.env_id:
         CONSOLE.print(f"note     the prior is of {info['env_id']}, and need not be as good in {args.env_id}")
     if "gamma" in info and float(info["gamma"]) != args.gamma:
-        CONSOLE.print(f"note     gamma is {args.gamma:g}, with which the prior's log pi is more than shaping")
-    if "survival_reward" not in info:
+        CONSOLE.print(f"note     gamma is {args.gamma:g}, not the prior's: log pi stands for its reward only roughly")
+    if "survival_reward" not in info and not args.survival_reward:
         CONSOLE.print("note     the prior's file names no survival reward; what a fall costs is not known")
 
 

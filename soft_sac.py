@@ -97,7 +97,7 @@ class Args:
     auto_alpha: bool = False
     """let alpha only be where the temperature starts, and adapt it until the entropy is target_entropy"""
     target_entropy: float | None = None
-    """in nats, of the density on [-1, 1]^action_dim; if not given, -action_dim"""
+    """of --auto-alpha, in nats, of the density on [-1, 1]^action_dim; if not given, -action_dim"""
 
     # policy
     hidden_sizes: tuple[int, ...] = (128, 128)
@@ -123,7 +123,7 @@ class Args:
     policy_lr: float = 3e-4
     """learning rate of the policy's Adam"""
     q_lr: float = 1e-3
-    """learning rate of the critics' Adam"""
+    """learning rate of the critics' Adam and, not annealed, of --auto-alpha"""
     anneal_lr: bool = False
     """lower both learning rates linearly to 0 over the run"""
     policy_frequency: int = 2
@@ -530,7 +530,7 @@ def gradient_step(
     state, policy_loss = lax.cond(due, improve_actor, lambda state: (state, 0.0), state)
     due = state.num_updates % args.target_network_frequency == 0
     state = lax.cond(due, move_target, lambda state: state, state)
-    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "q_value": target.mean()}
+    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "td_target": target.mean()}
     return state.replace(num_updates=state.num_updates + 1), metrics | {"batch_entropy": -log_prob.mean()}
 
 
@@ -608,9 +608,7 @@ def main(args: Args) -> None:
     """Train a policy by SAC."""
     args = prepare_args(args, check_sac_args)
     if args.auto_alpha and args.alpha == 0:
-        raise StopRun(
-            "--auto-alpha multiplies the temperature, which --alpha 0 does not allow; give another to start at"
-        )
+        raise StopRun("--auto-alpha multiplies the temperature, which --alpha 0 does not allow; start higher")
     addon = choose_addon(args.addon, args.env_id, args.addon_coef)
     env = make_env(args.env_id, addon, True, env_seeds(args.seed, 0, args.num_envs))
     actor = Actor(env.action_dim, args.hidden_sizes, args.activation, state_dependent_std=True)
@@ -857,7 +855,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def provenance(args: Args) -> dict[str, Any]:
     """The arguments, and what else results depend on."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     packages = ("jax", "flax", "optax", "envpool", "gymnasium", "numpy")
     mujoco = ctypes.CDLL(sys.modules["envpool.mujoco.mujoco_gym_envpool"].__file__)
     mujoco.mj_versionString.restype = ctypes.c_char_p
@@ -884,7 +882,7 @@ def open_run(args: Args, state: Any, files: dict[str, bytes]) -> tuple[Path, Any
                 files = files | {"args.json": json.dumps(provenance(args), indent=2, default=str).encode()}
                 for name, data in files.items():
                     write_atomic(run_dir / name, data)
-            fcntl.flock(os.open(run_dir / "args.json", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(os.open(run_dir / "args.json", os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise StopRun(f"another process goes on with the run {run_dir}; wait for it, or start a new run") from None
     except OSError as error:
@@ -926,15 +924,15 @@ def episode_metrics(finished: dict[str, jax.Array]) -> dict[str, jax.Array]:
 class RunLog(contextlib.AbstractContextManager):
     """Keeps a run's last state, and its metrics: in metrics.csv, TensorBoard (which --track mirrors), the terminal.
 
-    However the run ends, its last state whose metrics are finite is in the run folder.
+    However the run ends, short of a kill, its last state whose metrics are finite is in the run folder.
     """
 
     def __init__(self, run_dir: Path, args: Args, state: Any):
         """Go on from a state; rows that an interrupted run wrote after it are dropped."""
         self.run_dir, self.args, self.state, self.interrupted = run_dir, args, state, False
-        self.batch_size, writes = args.num_envs * args.num_steps, jax.process_index() == 0
-        self.total = args.total_timesteps // self.batch_size * self.batch_size
-        first_step = int(state.iteration) * self.batch_size
+        self.iteration_steps, writes = args.num_envs * args.num_steps, jax.process_index() == 0
+        self.total = args.total_timesteps // self.iteration_steps * self.iteration_steps
+        first_step = int(state.iteration) * self.iteration_steps
         path = run_dir / "metrics.csv" if writes else Path(os.devnull)
         rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
         rows = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= first_step]
@@ -975,9 +973,9 @@ class RunLog(contextlib.AbstractContextManager):
         if bad := [name for name, value in metrics.items() if not np.isfinite(value)]:
             where = f"in iteration {int(state.iteration)}; the state before it is in {self.run_dir}"
             raise StopRun(f"{', '.join(bad)} not finite {where}; try a lower learning rate", exit_code=1)
-        self.state, metrics, global_step = state, returns | metrics, int(state.iteration) * self.batch_size
+        self.state, metrics, global_step = state, returns | metrics, int(state.iteration) * self.iteration_steps
         now, last = time.time(), global_step >= self.total
-        speed, self.written_at = self.batch_size / (now - self.written_at), now
+        speed, self.written_at = self.iteration_steps / (now - self.written_at), now
         row = {"global_step": global_step, "elapsed_s": f"{now - self.start:.3f}", "steps_per_s": f"{speed:.0f}"}
         row |= {name: f"{value:.6g}" for name, value in metrics.items()}
         if not self.csv.tell():

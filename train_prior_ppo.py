@@ -112,7 +112,7 @@ class Args:
     activation: Literal["tanh", "relu"] = "tanh"
     """after each hidden layer of policy and critic"""
     state_dependent_std: bool = False
-    """let the policy's deviation be an output of its network"""
+    """let the policy's standard deviation be an output of its network"""
 
     # PPO
     num_steps: int = 32
@@ -466,7 +466,7 @@ class TrainState:
     params: Any  # {"actor", "critic"}
     opt_state: optax.OptState
     obs_stats: RunningStats
-    return_stats: RunningStats  # of the discounted returns; their deviation is the unit of the critic
+    return_stats: RunningStats  # of the discounted returns; their standard deviation is the unit of the critic
     return_trace: jax.Array  # the discounted returns under way, (num_envs,)
     iteration: jax.Array
     actor: Actor = flax.struct.field(pytree_node=False)
@@ -840,7 +840,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def provenance(args: Args) -> dict[str, Any]:
     """The arguments, and what else results depend on."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     packages = ("jax", "flax", "optax", "envpool", "gymnasium", "numpy")
     mujoco = ctypes.CDLL(sys.modules["envpool.mujoco.mujoco_gym_envpool"].__file__)
     mujoco.mj_versionString.restype = ctypes.c_char_p
@@ -867,7 +867,7 @@ def open_run(args: Args, state: Any, files: dict[str, bytes]) -> tuple[Path, Any
                 files = files | {"args.json": json.dumps(provenance(args), indent=2, default=str).encode()}
                 for name, data in files.items():
                     write_atomic(run_dir / name, data)
-            fcntl.flock(os.open(run_dir / "args.json", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(os.open(run_dir / "args.json", os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise StopRun(f"another process goes on with the run {run_dir}; wait for it, or start a new run") from None
     except OSError as error:
@@ -909,15 +909,15 @@ def episode_metrics(finished: dict[str, jax.Array]) -> dict[str, jax.Array]:
 class RunLog(contextlib.AbstractContextManager):
     """Keeps a run's last state, and its metrics: in metrics.csv, TensorBoard (which --track mirrors), the terminal.
 
-    However the run ends, its last state whose metrics are finite is in the run folder.
+    However the run ends, short of a kill, its last state whose metrics are finite is in the run folder.
     """
 
     def __init__(self, run_dir: Path, args: Args, state: Any):
         """Go on from a state; rows that an interrupted run wrote after it are dropped."""
         self.run_dir, self.args, self.state, self.interrupted = run_dir, args, state, False
-        self.batch_size, writes = args.num_envs * args.num_steps, jax.process_index() == 0
-        self.total = args.total_timesteps // self.batch_size * self.batch_size
-        first_step = int(state.iteration) * self.batch_size
+        self.iteration_steps, writes = args.num_envs * args.num_steps, jax.process_index() == 0
+        self.total = args.total_timesteps // self.iteration_steps * self.iteration_steps
+        first_step = int(state.iteration) * self.iteration_steps
         path = run_dir / "metrics.csv" if writes else Path(os.devnull)
         rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
         rows = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= first_step]
@@ -958,9 +958,9 @@ class RunLog(contextlib.AbstractContextManager):
         if bad := [name for name, value in metrics.items() if not np.isfinite(value)]:
             where = f"in iteration {int(state.iteration)}; the state before it is in {self.run_dir}"
             raise StopRun(f"{', '.join(bad)} not finite {where}; try a lower learning rate", exit_code=1)
-        self.state, metrics, global_step = state, returns | metrics, int(state.iteration) * self.batch_size
+        self.state, metrics, global_step = state, returns | metrics, int(state.iteration) * self.iteration_steps
         now, last = time.time(), global_step >= self.total
-        speed, self.written_at = self.batch_size / (now - self.written_at), now
+        speed, self.written_at = self.iteration_steps / (now - self.written_at), now
         row = {"global_step": global_step, "elapsed_s": f"{now - self.start:.3f}", "steps_per_s": f"{speed:.0f}"}
         row |= {name: f"{value:.6g}" for name, value in metrics.items()}
         if not self.csv.tell():

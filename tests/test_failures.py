@@ -23,6 +23,7 @@ import tyro
 from conftest import (
     PENDULUM,
     ROOT,
+    SAC_SHORT,
     SCRIPTS,
     SHORT,
     read_metrics,
@@ -611,6 +612,20 @@ def test_run_that_diverges_stops_with_its_last_finite_state(tmp_path):
     assert not (run_dir / "policy.safetensors").exists()
     state = flax.serialization.msgpack_restore((run_dir / "checkpoint.msgpack").read_bytes())
     assert all(np.isfinite(array).all() for array in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(("script", "flags"), [("residual_ppo", SHORT), ("residual_sac", SAC_SHORT)])
+def test_no_discount_goes_without_survival_reward_and_no_git_goes_without_commit(
+    script, flags, pendulum_prior, tmp_path
+):
+    """Both in one run: gamma = 1, as the message above advises, and a PATH on which there is no git."""
+    flags = ("--env-id", "InvertedPendulum-v4", "--addon", "none", "--prior", pendulum_prior, *flags)
+    flags += ("--gamma", 1, "--survival-reward", 0, "--runs-dir", "runs")
+    process = run_script(script, *flags, cwd=tmp_path, env=os.environ | {"PATH": str(tmp_path)})
+    assert process.returncode == 0, process.stderr
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run_dir / "args.json").read_text())["git_commit"] is None
+    assert json.loads((run_dir / "eval.json").read_text())["customised"]["episodes"]["stochastic"]["total"]
 
 
 def test_runs_begun_in_the_same_second_get_folders_of_their_own(tmp_path):
