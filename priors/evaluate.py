@@ -82,7 +82,8 @@ def recipe(training: dict[str, Any]) -> str:
     ]
     flags = " ".join(flag(name, given[name]) for name in changed)
     commit = (training["git_commit"] or "unknown")[:7]
-    return f"`python {script.__name__}.py {flags}`, {given['total_timesteps']:,} steps, commit `{commit}`"
+    steps = training.get("stopped_after") or f"{given['total_timesteps']:,} steps"
+    return f"`python {script.__name__}.py {flags}`, {steps}, commit `{commit}`"
 
 
 def main(args: Args) -> None:

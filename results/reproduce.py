@@ -207,7 +207,7 @@ class Args:
     table: tyro.conf.Positional[Literal[tuple(TABLES)]]
     """which table"""
     seeds: tuple[int, ...] | None = None
-    """if not given, the reporting seeds 101 to 105, with which nothing was tuned; for entropy-tuning 21 and 22"""
+    """if not given, the reporting seeds 101 to 105; for entropy-tuning 21 and 22"""
     env_ids: tuple[str, ...] = ()
     """only these environments; if not given, all of the table"""
     labels: tuple[str, ...] = ()
@@ -322,7 +322,7 @@ def markdown(rows: list[dict[str, str]], name: str) -> str:
     lines = [*heading(rows, name, f"{cells} deterministic."), "", f"| {' | '.join(columns)} |"]
     lines.append("|" + "---|" * len(columns))
     priors = {(row["env_id"], prior_of(row)): {} for row in rows}
-    for row in rows:  # the prior is evaluated in every run, and equally in all runs with a seed
+    for row in rows:  # the prior is evaluated in every run; of the runs with a seed, the last one counts
         if row.get("prior stochastic total"):
             priors[row["env_id"], prior_of(row)][row["seed"]] = row
     for (env_id, label), runs in groups.items():
