@@ -107,7 +107,7 @@ class Args:
     prior: Path | None = None
     """the prior's policy file; if not given, priors/<env-id>.safetensors here or beside this script"""
     omega: float | None = None
-    """weight of the basic task: omega' = 3 omega alpha; also of the survival term, in the objective; if not given, 1"""
+    """weight of the basic task in the objective; sets omega' = 3 omega alpha and the survival term; if not given, 1"""
     omega_prime: float | None = None
     """weight of log pi, in units of reward per nat, instead of --omega's; the survival reward is then 0 unless given"""
     alpha_hat: float | None = None
