@@ -459,6 +459,7 @@ def picture(rows: list[dict[str, str]], path: Path) -> None:
             handles["prior"] = axes.scatter(*prior, s=90, color="black", marker="*", zorder=3)
             handles["total of the prior"] = axes.axline(prior, slope=-1, color="black", linewidth=0.7, linestyle=":")
         axes.set(title=env_id, xlabel="add-on return", ylabel="basic return")
+        axes.locator_params(nbins=6)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
 
