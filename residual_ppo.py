@@ -889,7 +889,7 @@ def default_prior(env_id: str) -> Path:
 
 
 def provenance(args: Args) -> dict[str, Any]:
-    """The arguments, and what else results depend on."""
+    """The arguments, and what else results depend on; without git, the commit is None."""
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     packages = ("jax", "flax", "optax", "envpool", "gymnasium", "numpy")
     mujoco = ctypes.CDLL(sys.modules["envpool.mujoco.mujoco_gym_envpool"].__file__)
@@ -917,7 +917,7 @@ def open_run(args: Args, state: Any, files: dict[str, bytes]) -> tuple[Path, Any
                 files = files | {"args.json": json.dumps(provenance(args), indent=2, default=str).encode()}
                 for name, data in files.items():
                     write_atomic(run_dir / name, data)
-            fcntl.flock(os.open(run_dir / "args.json", os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(os.open(run_dir / "args.json", os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)  # NFS: for writing
     except BlockingIOError:
         raise StopRun(f"another process goes on with the run {run_dir}; wait for it, or start a new run") from None
     except OSError as error:

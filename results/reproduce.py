@@ -515,7 +515,8 @@ def run_missing(args: Args, settings: list[Setting], seeds: tuple[int, ...], pat
     if reused := rows_of_other_tables(list(filter(is_missing, wanted)), path.parent):
         rows += reused
         write_rows(path, rows)
-    missing, failed = list(filter(is_missing, wanted)) if args.run else [], 0
+    missing = list(filter(is_missing, wanted)) if args.run else []
+    failed = 0
     if missing:
         print(f"{len(missing)} runs to go, {args.jobs} at a time", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -545,6 +546,8 @@ def main(args: Args) -> None:
     """Run what is missing, then write table and picture."""
     out = RESULTS / "smoke" if args.smoke and args.out == RESULTS else args.out
     seeds = args.seeds or ((21, 22) if args.table == "entropy-tuning" else (101, 102, 103, 104, 105))
+    if args.jobs < 1:
+        stop(f"--jobs is {args.jobs}; at least one run has to go on at a time", 2)
     settings = choose(choose(list(TABLES[args.table]()), "env_id", args.env_ids), "label", args.labels)
     if args.smoke:
         settings, seeds = [x for x in settings if x.env_id == settings[0].env_id], seeds[:1]
