@@ -17,13 +17,11 @@ the environment's own reward, or omega r + r_R with an add-on task (the paper's 
 
     python soft_ppo.py --env-id Ant-v4 --alpha 0.05 --addon ant-right --omega 0.5
 
-In this order: flags; policy and critic; mathematics; add-on tasks and environment; rollout and update; train and main.
-Then what is not the algorithm: defaults and checks; evaluation; policy files; run folder and logs; command line and
-processes.
+In this order: flags; policy and critic; mathematics; tasks and simulator; rollout and update; train and main;
+evaluation; policy files. Then what a copy can do without: run folder and log; checks and command line.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -31,9 +29,11 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -43,6 +43,7 @@ from typing import Any, Literal, NamedTuple
 import envpool
 import flax
 import flax.linen as nn
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,9 +55,11 @@ import rich.table
 import safetensors.numpy
 import tensorboardX
 import tyro
-from jax import NamedSharding, P, lax
-from jax.experimental import multihost_utils
+from jax import Array, NamedSharding, P, lax
 from jax.flatten_util import ravel_pytree
+
+Metrics = dict[str, Array]  # of an iteration
+xp = jnp  # what the line of a task calls it, as in enjoy.py, where it is NumPy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,24 +83,18 @@ class Args:
     """the team of --track"""
     eval_episodes: int = 20
     """episodes of the final evaluation, with sampled and again with deterministic actions"""
-    distributed: bool = False
-    """be one of several processes that train together, each stepping its share of the environments"""
-    coordinator_address: str | None = None
-    """host:port of process 0; like the next two, if not given, as SLURM or Open MPI say"""
-    num_processes: int | None = None
-    """how many processes there are"""
-    process_id: int | None = None
-    """which of them this one is, from 0; process 0 writes the run folder"""
 
     # environment and task
     env_id: str = "HalfCheetah-v4"
-    """a MuJoCo environment of Gymnasium, v4 or v5"""
+    """an EnvPool environment with vectors (Box) for observations and actions"""
+    env_kwargs: str = "{}"
+    """keyword arguments for EnvPool's make, in JSON"""
     num_envs: int = 64
-    """parallel environments, of all processes together"""
+    """parallel environments"""
     total_timesteps: int = 1_000_000
     """environment steps of the whole training, all environments together"""
     addon: str = "none"
-    """add-on task r_R; "none" is a zero reward"""
+    """add-on task r_R; "default": the environment's own; "none": a zero reward"""
     addon_coef: float = 1.0
     """factor on the add-on reward"""
     omega: float = 1.0
@@ -112,11 +109,13 @@ class Args:
     """coefficient of the entropy in the loss (bonus, repeat), in units of normalised advantage per nat"""
 
     # policy
+    init_from: Path | None = None
+    """a policy file to start from, in its form and with its normaliser; the flags below are then without effect"""
     squash: bool = True
     """tanh-squashed Gaussian; --no-squash: plain Gaussian, actions clipped"""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """widths of the hidden layers of policy and critic"""
-    activation: Literal["tanh", "relu"] = "tanh"
+    activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
     """after each hidden layer of policy and critic"""
     state_dependent_std: bool = False
     """let the policy's standard deviation be an output of its network"""
@@ -150,15 +149,15 @@ class Args:
     """skip an update's remaining epochs once the policy is this far from the rollout's (approximate KL, in nats)"""
 
 
-# -------------------------------------------------------------------------- policy and critic
+# ------------------------------------------------------------------------------ policy and critic
 
 
 class RunningStats(NamedTuple):
     """Mean, variance and number of the data seen so far."""
 
-    mean: jax.Array
-    var: jax.Array
-    count: jax.Array
+    mean: Array
+    var: Array
+    count: Array
 
 
 class Actor(nn.Module):
@@ -173,15 +172,15 @@ class Actor(nn.Module):
     state_dependent_std: bool = False
     squash: bool = True
     obs_clip: float = 10.0  # bound on normalised observations
+    log_std_form: str = "clip -20 2"  # how a state-dependent deviation comes out of the network
 
     @nn.compact
-    def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, obs: Array) -> tuple[Array, Array]:
         """Map normalised observations (..., obs_dim) to mean (..., action_dim) and log_std, which broadcasts to it."""
         x = hidden_layers(obs, "actor_mean", self.hidden_sizes, self.activation)
-        last = partial(nn.Dense, self.action_dim, kernel_init=nn.initializers.orthogonal(0.01))
-        mean = last(name=f"actor_mean.{2 * len(self.hidden_sizes)}")(x)
+        mean = dense(self.action_dim, 0.01, f"actor_mean.{2 * len(self.hidden_sizes)}")(x)
         if self.state_dependent_std:
-            return mean, jnp.clip(last(name="actor_logstd")(x), -20, 2)  # the clip of Stable-Baselines3's SAC
+            return mean, bounded_log_std(dense(self.action_dim, 0.01, "actor_logstd")(x), self.log_std_form)
         return mean, self.param("actor_logstd", nn.initializers.zeros, (self.action_dim,))
 
 
@@ -192,19 +191,38 @@ class Critic(nn.Module):
     activation: str = "tanh"
 
     @nn.compact
-    def __call__(self, obs: jax.Array) -> jax.Array:
+    def __call__(self, obs: Array) -> Array:
         """Map normalised observations (..., obs_dim) to values (...)."""
         x = hidden_layers(obs, "critic", self.hidden_sizes, self.activation)
-        last = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0), name=f"critic.{2 * len(self.hidden_sizes)}")
-        return last(x)[..., 0]
+        return dense(1, 1.0, f"critic.{2 * len(self.hidden_sizes)}")(x)[..., 0]
 
 
-def hidden_layers(x: jax.Array, name: str, sizes: tuple[int, ...], activation: str) -> jax.Array:
+def dense(size: int, scale: float, name: str) -> nn.Dense:
+    """A linear layer with orthogonal weights, in true float32 on every device.
+
+    GPUs and TPUs round the factors of a product unless told otherwise, which moves log pi by up to 0.7 nats.
+    """
+    return nn.Dense(size, kernel_init=nn.initializers.orthogonal(scale), precision=lax.Precision.HIGHEST, name=name)
+
+
+def hidden_layers(x: Array, name: str, sizes: tuple[int, ...], activation: str) -> Array:
     """The hidden layers of a network, named as those of a torch.nn.Sequential; (..., inputs) -> (..., sizes[-1])."""
     for i, size in enumerate(sizes):
-        x = nn.Dense(size, kernel_init=nn.initializers.orthogonal(2**0.5), name=f"{name}.{2 * i}")(x)
-        x = {"tanh": nn.tanh, "relu": nn.relu}[activation](x)
+        x = getattr(nn, activation)(dense(size, 2**0.5, f"{name}.{2 * i}")(x))
     return x
+
+
+def bounded_log_std(x: Array, form: str) -> Array:
+    """A network's output as a log standard deviation, by a form of priors/README.md; ValueError if it is none."""
+    kind, low, high = (*form.split(), "2")[:3]
+    low, high = float(low), float(high)
+    if kind == "clip" and -20 <= low < high <= 20:
+        return jnp.clip(x, low, high)
+    if kind == "tanh" and -20 <= low < high <= 20:
+        return low + (high - low) / 2 * (jnp.tanh(x) + 1)
+    if kind == "softplus" and 0 < low <= 1:
+        return jnp.log(jax.nn.softplus(x) + low)
+    raise ValueError(f"log_std is {form!r}, none of 'clip LOW HIGH', 'tanh LOW HIGH' and 'softplus MIN'")
 
 
 @flax.struct.dataclass
@@ -216,28 +234,28 @@ class Policy:
     actor: Actor = flax.struct.field(pytree_node=False)
 
 
-def normalise(obs: jax.Array, stats: RunningStats, obs_clip: float) -> jax.Array:
+def normalise(obs: Array, stats: RunningStats, obs_clip: float) -> Array:
     """Observations (..., obs_dim) with zero mean and unit variance, clipped to [-obs_clip, obs_clip]."""
     return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -obs_clip, obs_clip)
 
 
-def action_distribution(policy: Policy, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+def action_distribution(policy: Policy, obs: Array) -> tuple[Array, Array]:
     """Mean and log_std of the action before squashing or clipping, given observations that are not normalised."""
     return policy.actor.apply(policy.params, normalise(obs, policy.obs_stats, policy.actor.obs_clip))
 
 
-def gaussian_log_prob(action: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
+def gaussian_log_prob(action: Array, mean: Array, log_std: Array) -> Array:
     """log N(action; mean, exp(log_std)^2), summed over the last axis; (..., action_dim) -> (...), in nats."""
     z = (action - mean) * jnp.exp(-log_std)
     return (-0.5 * z**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
 
 
-def tanh_log_det(action: jax.Array) -> jax.Array:
+def tanh_log_det(action: Array) -> Array:
     """log |det d tanh(u)/du| at u = action, (..., action_dim) -> (...), in a form exact also where tanh saturates."""
     return (2 * (jnp.log(2.0) - action - jax.nn.softplus(-2 * action))).sum(-1)
 
 
-def policy_log_prob(policy: Policy, obs: jax.Array, action: jax.Array) -> jax.Array:
+def policy_log_prob(policy: Policy, obs: Array, action: Array) -> Array:
     """log pi(a|s) in nats, the action given before squashing or clipping; (..., obs_dim), (..., action_dim) -> (...).
 
     A squashed policy's density is that of a = tanh(u) in [-1, 1]^action_dim.
@@ -246,7 +264,7 @@ def policy_log_prob(policy: Policy, obs: jax.Array, action: jax.Array) -> jax.Ar
     return log_prob - tanh_log_det(action) if policy.actor.squash else log_prob
 
 
-def merge_stats(stats: RunningStats, data: jax.Array, valid: jax.Array) -> RunningStats:
+def merge_stats(stats: RunningStats, data: Array, valid: Array) -> RunningStats:
     """Statistics after also seeing data (..., *shape) where valid (...) is true, by Chan's parallel update (1983)."""
     axes = tuple(range(valid.ndim))
     seen = valid.reshape(valid.shape + (1,) * (data.ndim - valid.ndim))
@@ -259,10 +277,10 @@ def merge_stats(stats: RunningStats, data: jax.Array, valid: jax.Array) -> Runni
     return RunningStats(stats.mean + delta * count / total, var, total)
 
 
-# -------------------------------------------------------------------------------- mathematics
+# ------------------------------------------------------------------------------------ mathematics
 
 
-def soft_reward(reward: jax.Array, log_prob: jax.Array, alpha: float) -> jax.Array:
+def soft_reward(reward: Array, log_prob: Array, alpha: float) -> Array:
     """r - alpha log pi_theta(a|s), of any equal shapes (arXiv 2503.11019).
 
     The log-probability is a number here, not something to differentiate: E[grad log pi_theta] = 0 removes that term
@@ -271,7 +289,7 @@ def soft_reward(reward: jax.Array, log_prob: jax.Array, alpha: float) -> jax.Arr
     return reward - lax.stop_gradient(alpha * log_prob)
 
 
-def discounted_sum(start: jax.Array, x: jax.Array, decay: jax.Array, reverse: bool = False) -> jax.Array:
+def discounted_sum(start: Array, x: Array, decay: Array, reverse: bool = False) -> Array:
     """y_t = x_t + decay_t y_{t-1} from y_{-1} = start (num_envs,), or in reverse; (num_steps, num_envs) -> the same."""
 
     def step(y, x_and_decay):
@@ -281,9 +299,7 @@ def discounted_sum(start: jax.Array, x: jax.Array, decay: jax.Array, reverse: bo
     return lax.scan(step, start, (x, decay), reverse=reverse)[1]
 
 
-def gae(
-    reward: jax.Array, value: jax.Array, terminated: jax.Array, truncated: jax.Array, gamma: float, gae_lambda: float
-) -> jax.Array:
+def gae(reward: Array, value: Array, terminated: Array, truncated: Array, gamma: float, gae_lambda: float) -> Array:
     """Advantages by generalised advantage estimation (arXiv 1506.02438); all (num_steps, num_envs), value a row more.
 
     value[t] is of the observation before step t, value[t + 1] of what step t returned. A terminated episode has no
@@ -298,21 +314,21 @@ def gae(
 class Batch(NamedTuple):
     """What the loss needs of each transition; leading axis batch_size."""
 
-    obs: jax.Array  # normalised, (batch_size, obs_dim)
-    action: jax.Array  # before squashing or clipping, (batch_size, action_dim)
-    log_prob: jax.Array  # of the Gaussian, under the rollout's policy
-    advantage: jax.Array
-    value: jax.Array  # of the rollout's critic
-    target: jax.Array
-    valid: jax.Array  # false on an auto-reset step
+    obs: Array  # normalised, (batch_size, obs_dim)
+    action: Array  # before squashing or clipping, (batch_size, action_dim)
+    log_prob: Array  # of the Gaussian, under the rollout's policy
+    advantage: Array
+    value: Array  # of the rollout's critic
+    target: Array
+    valid: Array  # false on an auto-reset step
 
 
-def masked_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
+def masked_mean(x: Array, valid: Array) -> Array:
     """Mean of x where valid is true; 0 if it is nowhere."""
     return jnp.where(valid, x, 0).sum() / jnp.maximum(valid.sum(), 1)
 
 
-def make_minibatches(batch: Batch, order: jax.Array, num_minibatches: int, norm_adv: bool) -> tuple[Batch, jax.Array]:
+def make_minibatches(batch: Batch, order: Array, num_minibatches: int, norm_adv: bool) -> tuple[Batch, Array]:
     """Cut a batch, in the given order, into minibatches (num_minibatches, minibatch_size, ...), and weigh transitions.
 
     The weights of a minibatch sum to 1, those of auto-reset steps are 0; norm_adv: its advantages get mean 0, std 1.
@@ -327,8 +343,15 @@ def make_minibatches(batch: Batch, order: jax.Array, num_minibatches: int, norm_
 
 
 def ppo_loss(
-    params: Any, batch: Batch, weight: jax.Array, actor: Actor, critic: Critic, args: Args
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    params: Any,
+    batch: Batch,
+    weight: Array,
+    actor: Actor,
+    critic: Critic,
+    clip_coef: float,
+    clip_vloss: bool,
+    vf_coef: float,
+) -> tuple[Array, Metrics]:
     """Clipped surrogate plus value loss (arXiv 1707.06347), a scalar to minimise, and its diagnostics.
 
     There is no entropy bonus: the entropy is in the reward, and here it would count twice. The losses of a minibatch's
@@ -338,153 +361,231 @@ def ppo_loss(
     log_ratio = gaussian_log_prob(batch.action, *actor.apply(params["actor"], batch.obs)) - batch.log_prob
     log_ratio = jnp.where(batch.valid, log_ratio, 0)  # before exp: times 0, an infinite ratio would still be NaN
     ratio = jnp.exp(log_ratio)
-    clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    clipped_ratio = jnp.clip(ratio, 1 - clip_coef, 1 + clip_coef)
     policy_loss = -(jnp.minimum(batch.advantage * ratio, batch.advantage * clipped_ratio) * weight).sum()
 
     value = critic.apply(params["critic"], batch.obs)
     error = value - batch.target
-    if args.clip_vloss:
-        clipped_value = batch.value + jnp.clip(value - batch.value, -args.clip_coef, args.clip_coef)
+    if clip_vloss:
+        clipped_value = batch.value + jnp.clip(value - batch.value, -clip_coef, clip_coef)
         error = jnp.maximum(jnp.abs(error), jnp.abs(clipped_value - batch.target))
     value_loss = 0.5 * (jnp.where(batch.valid, error, 0) ** 2 * weight).sum()
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss}
     metrics["approx_kl"] = ((ratio - 1 - log_ratio) * weight).sum()  # E[ratio - 1 - log ratio], in nats
-    metrics["clip_fraction"] = ((jnp.abs(ratio - 1) > args.clip_coef) * weight).sum()
-    return policy_loss + args.vf_coef * value_loss, metrics
+    metrics["clip_fraction"] = ((jnp.abs(ratio - 1) > clip_coef) * weight).sum()
+    return policy_loss + vf_coef * value_loss, metrics
 
 
 def entropy_bonus_loss(
-    params: Any, batch: Batch, weight: jax.Array, actor: Actor, critic: Critic, args: Args
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """ppo_loss with an entropy bonus, as in classical PPO.
+    params: Any, batch: Batch, weight: Array, actor: Actor, critic: Critic, ent_coef: float, **coefficients: float
+) -> tuple[Array, Metrics]:
+    """ppo_loss, with its coefficients, less an entropy bonus, as in classical PPO.
 
     The entropy of a squashed policy is estimated at the batch's actions mean + std z, for fixed z.
     """
-    loss, metrics = ppo_loss(params, batch, weight, actor, critic, args)
+    loss, metrics = ppo_loss(params, batch, weight, actor, critic, **coefficients)
     mean, log_std = actor.apply(params["actor"], batch.obs)
     entropy = (log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e)).sum(-1)
     if actor.squash:
         z = lax.stop_gradient((batch.action - mean) * jnp.exp(-log_std))
         entropy += tanh_log_det(mean + jnp.exp(log_std) * z)
-    return loss - args.ent_coef * (jnp.where(batch.valid, entropy, 0) * weight).sum(), metrics
+    return loss - ent_coef * (jnp.where(batch.valid, entropy, 0) * weight).sum(), metrics
 
 
-# --------------------------------------------------------------- add-on tasks and environment
+# ---------------------------------------------------------------------------- tasks and simulator
+
+
+class StopRun(Exception):
+    """Ends the program with one line for the user; exit code 2: bad input, 1: a fault on the way, 128 + n: signal n."""
+
+    def __init__(self, message: str, exit_code: int = 2):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class AddonTask(NamedTuple):
-    """An add-on reward, and the quantity of which it is a function, known from the observation that a step returns."""
+    """An add-on reward, and the quantity of which it is a function.
+
+    The quantity is a function of what a step knows: the observation s (..., obs_dim), the action a (..., action_dim) in
+    the environment's units, and the observation t that the step returned. What needs two actions (smoothness) or the
+    elapsed time is none, as the observation lacks it: the value of a state would not be defined. Use indices as in
+    t[..., 3], operators, abs, and functions of xp, as xp.minimum: it is jax.numpy here, and NumPy in enjoy.py.
+    """
 
     env: str  # the environment it is for, without the version
     label: str  # the quantity's name and unit
-    quantity: Callable  # obs (..., obs_dim) -> (...)
+    quantity: Callable  # s, a, t -> (...)
     reward: Callable  # quantity (...) -> (...)
     coef: float = 1.0
 
 
 # A task of your own is a line here. An environment's first task is its default.
 ADDON_TASKS = {
-    "half-cheetah-front-foot": AddonTask("HalfCheetah", "|θ| (rad)", lambda obs: abs(obs[..., 7]), lambda x: -10 * x),
-    "hopper-height": AddonTask("Hopper", "z (m)", lambda obs: obs[..., 0], lambda z: 10 * (z - 1)),
-    "ant-right": AddonTask("Ant", "-v_y (m/s)", lambda obs: -obs[..., 14], lambda v: v),
-    "swimmer-straight": AddonTask("Swimmer", "|θ| (rad)", lambda obs: abs(obs[..., 1]), lambda x: -0.5 * x),
-    "walker-upright": AddonTask("Walker2d", "|θ| (rad)", lambda obs: abs(obs[..., 1]), lambda x: -10 * x),
-    "humanoid-right": AddonTask("Humanoid", "-v_y (m/s)", lambda obs: -obs[..., 23], lambda v: v),
-    "none": AddonTask("", "–", lambda obs: 0 * obs[..., 0], lambda x: x),
+    "half-cheetah-front-foot": AddonTask("HalfCheetah", "|θ| (rad)", lambda s, a, t: abs(t[..., 7]), lambda x: -10 * x),
+    "half-cheetah-energy": AddonTask("HalfCheetah", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
+    "hopper-height": AddonTask("Hopper", "z (m)", lambda s, a, t: t[..., 0], lambda z: 10 * (z - 1)),
+    "ant-right": AddonTask("Ant", "-v_y (m/s)", lambda s, a, t: -t[..., 14], lambda v: v),
+    "ant-energy": AddonTask("Ant", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
+    "swimmer-straight": AddonTask("Swimmer", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -0.5 * x),
+    "walker-upright": AddonTask("Walker2d", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -10 * x),
+    "humanoid-right": AddonTask("Humanoid", "-v_y (m/s)", lambda s, a, t: -t[..., 23], lambda v: v),
+    "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
 }
+
+
+class Simulator(NamedTuple):
+    """Environments behind two functions. For a simulator of your own, replace make_simulator and nothing else.
+
+    An end: the step that ends an episode returns its last observation. The next one ignores its action, resets, and
+    returns the first observation of the next episode: it is no transition, and its reward does not count (Gymnasium's
+    AutoresetMode.NEXT_STEP). A simulator that resets within the same step must hold the first observation back until
+    then. To return it at once is a silent error: values would be bootstrapped from the wrong observation.
+
+    device is where the environments live, and rollouts and evaluations run: a CPU, to which the policy is then copied
+    in every iteration, or the accelerator, jax.devices()[0], if the environments are of JAX.
+    """
+
+    reset: Callable  # () -> state, obs (num_envs, obs_dim); called once before training, and before each evaluation
+    step: Callable  # state, action (num_envs, action_dim) -> state, obs, reward, terminated, truncated; to be traced
+    obs_dim: int
+    low: np.ndarray  # bounds of the action (action_dim,)
+    high: np.ndarray
+    device: jax.Device
+    version: str  # for the record
+
+
+def make_simulator(env_id: str, env_kwargs: str, seeds: np.ndarray) -> Simulator:
+    """EnvPool's environments, one for each of the seeds (num_envs,); StopRun unless it has what fits.
+
+    Training has one of --num-envs environments, each evaluation one with an environment for every episode.
+    """
+    try:
+        pool = envpool.make(
+            env_id, env_type="gymnasium", num_envs=len(seeds), seed=seeds.tolist(), **json.loads(env_kwargs)
+        )
+        obs_space, action_space = pool.observation_space, pool.action_space
+    except Exception as error:  # each of its environments fails in its own way
+        hint = "envpool.list_all_envs() names them, --env-kwargs is a JSON object"
+        raise StopRun(f"EnvPool has no {env_id} with {env_kwargs} ({type(error).__name__}: {error}); {hint}") from None
+    for what, space in {"observations": obs_space, "actions": action_space}.items():
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+            kind = f"{type(space).__name__} {getattr(space, 'shape', '')}".strip()
+            raise StopRun(f"the {what} of {env_id} are {kind}, not vectors (Box); choose another --env-id")
+    with jax.enable_x64(True):  # some of EnvPool's environments speak float64
+        handle, _, _, xla_step = pool.xla()
+
+    def reset():
+        return handle, pool.reset()[0].astype(np.float32)
+
+    def step(handle, action):
+        with jax.enable_x64(True):
+            handle, (obs, reward, terminated, truncated, _) = xla_step(handle, action.astype(action_space.dtype))
+            return handle, obs.astype(jnp.float32), reward.astype(jnp.float32), terminated, truncated
+
+    bounds, device = (np.float32(action_space.low), np.float32(action_space.high)), jax.devices("cpu")[0]
+    version = f"envpool {importlib.metadata.version('envpool')}"  # which has a MuJoCo of its own within
+    return Simulator(reset, step, *obs_space.shape, *bounds, device, version)
 
 
 class EnvState(NamedTuple):
     """The environments between two steps."""
 
-    handle: jax.Array  # EnvPool's token, threaded through the steps
-    obs: jax.Array  # (num_envs, obs_dim)
-    done: jax.Array  # the last step ended an episode, so the next one is EnvPool's auto-reset
-    running: dict[str, jax.Array]  # sums over the episodes under way: basic, addon, quantity, length, each (num_envs,)
-    finished: dict[str, jax.Array]  # those of each environment's last episode; NaN before there is one
+    simulator: Any  # the simulator's own state, threaded through the steps
+    obs: Array  # (num_envs, obs_dim)
+    done: Array  # the last step ended an episode, so the next one is the auto-reset
+    running: dict[str, Array]  # sums over the episodes under way: basic, addon, quantity, length, each (num_envs,)
+    finished: dict[str, Array]  # those of each environment's last episode; all 0 before there is one
 
 
 class Transitions(NamedTuple):
     """A rollout; leading axes (num_steps, num_envs)."""
 
-    obs: jax.Array  # before the step, not normalised; a rollout's has num_steps + 1 rows, the last one what came last
-    action: jax.Array  # before squashing or clipping
-    basic_reward: jax.Array
-    addon_reward: jax.Array
-    terminated: jax.Array
-    truncated: jax.Array
-    valid: jax.Array  # false on auto-reset steps: they ignore the action and are no transitions
+    obs: Array  # before the step, not normalised; a rollout's has num_steps + 1 rows, the last one what came last
+    action: Array  # before squashing or clipping
+    basic_reward: Array
+    addon_reward: Array
+    terminated: Array
+    truncated: Array
+    valid: Array  # false on auto-reset steps: they ignore the action and are no transitions
 
 
 class Env(NamedTuple):
-    """EnvPool environments with an add-on task; to be compiled for the CPU backend."""
+    """A simulator's environments with an add-on task; their step is compiled for their device."""
 
     reset: Callable  # () -> EnvState
     step: Callable  # EnvState, action (num_envs, action_dim) before squashing or clipping -> EnvState, Transitions
-    obs_dim: int
     action_dim: int
+    device: jax.Device
 
 
-def make_env(env_id: str, addon: AddonTask, squash: bool, seeds: np.ndarray) -> Env:
-    """Make one environment for each of the seeds, behind a pure step that knows the add-on task and squashing."""
-    num_envs = len(seeds)
-    pool = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds.tolist())
-    low, high = np.float32(pool.action_space.low), np.float32(pool.action_space.high)
-    with jax.enable_x64(True):
-        handle, _, _, xla_step = pool.xla()
+def make_env(simulator: Simulator, task: AddonTask, squash: bool) -> Env:
+    """Put squashing, the add-on task and the sums of episodes before a simulator, whichever it is."""
+    low, high = simulator.low, simulator.high
+    if squash and not np.isfinite([low, high]).all():
+        raise StopRun("the environment's actions have no bounds, to which squashing could stretch; use --no-squash")
 
     def reset():
-        running = dict.fromkeys(("basic", "addon", "quantity", "length"), np.zeros(num_envs, np.float32))
-        finished = dict.fromkeys(running, np.full(num_envs, np.nan, np.float32))
-        state = EnvState(handle, pool.reset()[0].astype(np.float32), np.zeros(num_envs, bool), running, finished)
-        return jax.device_put(state, jax.local_devices(backend="cpu")[0])
+        state, obs = simulator.reset()
+        sums = dict.fromkeys(("basic", "addon", "quantity", "length"), np.zeros(len(obs), np.float32))
+        return jax.device_put(EnvState(state, obs, np.zeros(len(obs), bool), sums, sums), simulator.device)
 
     def step(state, action):
         bounded = low + (jnp.tanh(action) + 1) / 2 * (high - low) if squash else jnp.clip(action, low, high)
-        with jax.enable_x64(True):  # EnvPool's MuJoCo speaks float64
-            handle, (obs, reward, terminated, truncated, _) = xla_step(state.handle, bounded.astype(jnp.float64))
-            obs, reward = obs.astype(jnp.float32), reward.astype(jnp.float32)
-        valid, done = ~state.done, terminated | truncated
-        quantity = jnp.where(valid, addon.quantity(obs), 0)
-        addon_reward = jnp.where(valid, addon.coef * addon.reward(quantity), 0)
+        inner, obs, reward, terminated, truncated = simulator.step(state.simulator, bounded)
+        valid = ~state.done
+        reward, terminated, truncated = jnp.where(valid, reward, 0), terminated & valid, truncated & valid
+        quantity = jnp.where(valid, task.quantity(state.obs, bounded, obs), 0)
+        addon_reward = jnp.where(valid, task.coef * task.reward(quantity), 0)
         step_sums = {"basic": reward, "addon": addon_reward, "quantity": quantity, "length": valid}
-        sums = jax.tree.map(jnp.add, state.running, step_sums)
+        sums, done = jax.tree.map(jnp.add, state.running, step_sums), terminated | truncated
         finished = jax.tree.map(lambda new, old: jnp.where(done, new, old), sums, state.finished)
         running = jax.tree.map(lambda x: jnp.where(done, 0, x), sums)
         transition = Transitions(state.obs, action, reward, addon_reward, terminated, truncated, valid)
-        return EnvState(handle, obs, done, running, finished), transition
+        return EnvState(inner, obs, done, running, finished), transition
 
-    return Env(reset, step, *pool.observation_space.shape, *pool.action_space.shape)
-
-
-# -------------------------------------------------------------------------- rollout and update
+    return Env(reset, step, len(low), simulator.device)
 
 
-@partial(jax.jit, static_argnames=("env", "args"))
-def rollout(env: Env, args: Args, policy: Policy, state: EnvState, iteration: int) -> tuple[EnvState, Transitions]:
-    """Act with sampled actions for args.num_steps steps."""
+# ----------------------------------------------------------------------------- rollout and update
+
+
+# What the random numbers of a run are for; each use has seeds of its own.
+TRAINING, EVALUATION, NETWORKS, ROLLOUT, UPDATE, PLAY, REFILL = range(7)
+
+
+def seed_words(seed: int, use: int, iteration: int = 0, size: int = 2) -> np.ndarray:
+    """Random uint32 numbers (size,): environments' seeds or a key, independent for different arguments."""
+    return np.random.SeedSequence((seed, use, iteration)).generate_state(size)
+
+
+def wrap_key(words: Array) -> Array:
+    """A key for jax.random from seed_words, an argument of compiled functions, which thus serve every seed."""
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
+@partial(jax.jit, static_argnames=("env", "num_steps"))
+def rollout(env: Env, num_steps: int, policy: Policy, state: EnvState, key: Array) -> tuple[EnvState, Transitions]:
+    """Act with sampled actions for so many steps."""
 
     def step(state, noise):
         mean, log_std = action_distribution(policy, state.obs)
         return env.step(state, mean + jnp.exp(log_std) * noise)
 
-    key = jax.random.fold_in(jax.random.PRNGKey(args.seed), 2 * iteration)
-    noise = jax.random.normal(key, (args.num_steps, args.num_envs, env.action_dim))
-    noise = jnp.split(noise, jax.process_count(), axis=1)[jax.process_index()]
+    noise = jax.random.normal(wrap_key(key), (num_steps, len(state.obs), env.action_dim), jnp.float32)
     state, transitions = lax.scan(step, state, noise)
     return state, transitions._replace(obs=jnp.concatenate([transitions.obs, state.obs[None]]))
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What an iteration changes. Random keys follow from the seed and the iteration."""
+    """What an iteration changes."""
 
     params: Any  # {"actor", "critic"}
     opt_state: optax.OptState
     obs_stats: RunningStats
     return_stats: RunningStats  # of the discounted returns; their standard deviation is the unit of the critic
-    return_trace: jax.Array  # the discounted returns under way, (num_envs,)
-    iteration: jax.Array
+    return_trace: Array  # the discounted returns under way, (num_envs,)
+    iteration: Array
     actor: Actor = flax.struct.field(pytree_node=False)
     critic: Critic = flax.struct.field(pytree_node=False)
 
@@ -495,8 +596,13 @@ class TrainState:
 
 
 def across_devices(spec: P) -> NamedSharding:
-    """A layout over all devices of all processes: split along the axis that is "data" in spec, else copied to each."""
+    """A layout over all devices: split along the axis that is "data" in spec, else copied to each."""
     return NamedSharding(jax.sharding.Mesh(jax.devices(), ("data",)), spec)
+
+
+def num_iterations(args: Args) -> int:
+    """How many times a run alternates rollouts and updates."""
+    return args.total_timesteps // (args.num_envs * args.num_steps)
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
@@ -505,26 +611,26 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 
 
 @partial(jax.jit, static_argnames=("args", "actor", "obs_dim"))
-def init_state(args: Args, actor: Actor, obs_dim: int) -> TrainState:
+def init_state(args: Args, actor: Actor, obs_dim: int, key: Array) -> TrainState:
     """The state before the first iteration, with a critic of the actor's widths."""
     critic = Critic(actor.hidden_sizes, actor.activation)
-    actor_key, critic_key = jax.random.split(jax.random.PRNGKey(args.seed))
-    obs = jnp.zeros(obs_dim)
+    actor_key, critic_key = jax.random.split(wrap_key(key))
+    obs = jnp.zeros(obs_dim, jnp.float32)
     params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
-    obs_stats = RunningStats(jnp.zeros(obs_dim), jnp.ones(obs_dim), jnp.float32(1e-4))
+    obs_stats = RunningStats(obs, obs + 1, jnp.float32(1e-4))
     return_stats = RunningStats(jnp.float32(0), jnp.float32(1), jnp.float32(1e-4))
-    opt_state, return_trace = make_optimizer(args).init(params), jnp.zeros(args.num_envs)
+    opt_state, return_trace = make_optimizer(args).init(params), jnp.zeros(args.num_envs, jnp.float32)
     return TrainState(params, opt_state, obs_stats, return_stats, return_trace, jnp.int32(0), actor, critic)
 
 
-def improve(loss: Callable, args: Args, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+def improve(loss: Callable, args: Args, state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
     """Pass over a batch args.update_epochs times, or until args.target_kl; the metrics are the last epoch's means."""
-    num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
-    learning_rate = args.learning_rate * (1 - state.iteration / num_iterations if args.anneal_lr else 1)
+    learning_rate = args.learning_rate * (1 - state.iteration / num_iterations(args) if args.anneal_lr else 1)
+    loss = partial(loss, clip_coef=args.clip_coef, clip_vloss=args.clip_vloss, vf_coef=args.vf_coef)
 
     @partial(jax.shard_map, mesh=across_devices(P()).mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
     def gradient(params, minibatch):  # each device's part of the minibatch has its gradient, and they add up
-        grads_and_metrics = jax.grad(loss, has_aux=True)(params, *minibatch, state.actor, state.critic, args)
+        grads_and_metrics = jax.grad(loss, has_aux=True)(params, *minibatch, state.actor, state.critic)
         flat, unflatten = ravel_pytree(grads_and_metrics)
         return unflatten(lax.psum(flat, "data"))  # one vector, as every message costs its delay
 
@@ -546,17 +652,16 @@ def improve(loss: Callable, args: Args, state: TrainState, batch: Batch) -> tupl
         near = True if args.target_kl is None else carry[-1]["approx_kl"] <= args.target_kl
         return (carry[0] < args.update_epochs) & near
 
-    key = jax.random.fold_in(jax.random.PRNGKey(args.seed), 2 * state.iteration + 1)
     metrics = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_fraction"), jnp.float32(0))
-    carry = (0, key, (state.params, state.opt_state), metrics)
+    carry = (0, wrap_key(key), (state.params, state.opt_state), metrics)
     *_, (params, opt_state), metrics = lax.while_loop(go_on, epoch, carry)
     metrics |= {"learning_rate": jnp.float32(learning_rate), "param_norm": optax.tree.norm(params)}
     return state.replace(params=params, opt_state=opt_state), metrics
 
 
 def ppo_update(
-    loss: Callable, args: Args, state: TrainState, transitions: Transitions, reward: jax.Array
-) -> tuple[TrainState, dict[str, jax.Array]]:
+    loss: Callable, args: Args, state: TrainState, transitions: Transitions, reward: Array, key: Array
+) -> tuple[TrainState, Metrics]:
     """Improve policy and critic by a rollout, whose reward (num_steps, num_envs) is all that they are to maximise."""
     obs = normalise(transitions.obs, state.obs_stats, state.actor.obs_clip)
     value = state.critic.apply(state.params["critic"], obs)  # (num_steps + 1, num_envs)
@@ -571,139 +676,96 @@ def ppo_update(
     advantage = gae(reward / reward_scale, value, terminated, truncated, args.gamma, args.gae_lambda)
     batch = Batch(obs[:-1], transitions.action, log_prob, advantage, value[:-1], advantage + value[:-1], valid)
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-    state, metrics = improve(loss, args, state, batch)
+    state, metrics = improve(loss, args, state, batch, key)
 
+    rewards = {"basic_reward": transitions.basic_reward, "addon_reward": transitions.addon_reward}
+    metrics |= {name: masked_mean(x, valid) for name, x in rewards.items()} | {"reward_scale": reward_scale}
     state = state.replace(return_stats=return_stats, return_trace=returns[-1], iteration=state.iteration + 1)
-    return lax.with_sharding_constraint((state, metrics | {"reward_scale": reward_scale}), across_devices(P()))
+    return lax.with_sharding_constraint((state, metrics), across_devices(P()))
 
 
 @partial(jax.jit, static_argnames=("loss", "omega", "alpha", "args"))
 def soft_update(
-    loss: Callable, omega: float, alpha: float, args: Args, state: TrainState, transitions: Transitions
-) -> tuple[TrainState, dict[str, jax.Array]]:
+    loss: Callable, omega: float, alpha: float, args: Args, state: TrainState, transitions: Transitions, key: Array
+) -> tuple[TrainState, Metrics]:
     """One iteration of Soft PPO on the reward omega r + r_R."""
     obs, valid = transitions.obs[:-1], transitions.valid
     log_prob = policy_log_prob(state.policy, obs, transitions.action)
     reward = soft_reward(omega * transitions.basic_reward + transitions.addon_reward, log_prob, alpha)
-    state, metrics = ppo_update(loss, args, state, transitions, reward)
-    state = state.replace(obs_stats=merge_stats(state.obs_stats, obs, valid))
+    state, metrics = ppo_update(loss, args, state, transitions, reward, key)
+    if not getattr(args, "init_from", None):  # else keep its normaliser, so that the policy changes by learning alone
+        state = state.replace(obs_stats=merge_stats(state.obs_stats, obs, valid))
     return state, {"entropy": -masked_mean(log_prob, valid)} | metrics
 
 
-# ------------------------------------------------------------------------------ train and main
+# --------------------------------------------------------------------------------- train and main
 
 
-def train(
-    env: Env, update: Callable, args: Args, state: TrainState, run_dir: Path, after: Callable = lambda state: None
-) -> TrainState:
-    """Alternate rollouts and updates, (state, transitions) -> (state, metrics); call after(state) every time."""
+def train(env: Env, update: Callable, args: Args, state: TrainState, log: Callable) -> TrainState:
+    """Alternate rollouts and updates, (state, transitions, key) -> (state, metrics).
+
+    log(iteration, state, metrics) hears of each iteration, counted from 1.
+    """
     env_state, state = env.reset(), jax.device_put(state, across_devices(P()))
-    with RunLog(run_dir, args, state) as log:  # stops the run on Ctrl-C, and when numbers stop being finite
-        for iteration in range(int(state.iteration), args.total_timesteps // (args.num_envs * args.num_steps)):
-            env_state, transitions = rollout(env, args, jax.device_get(state.policy), env_state, iteration)
-            transitions = jax.make_array_from_process_local_data(across_devices(P(None, "data")), transitions)
-            finished = jax.make_array_from_process_local_data(across_devices(P("data")), env_state.finished)
-            state, metrics = update(state, transitions)
-            log.write(state, *jax.device_get((metrics, episode_metrics(finished))))
-            after(state)
+    for iteration in range(int(jax.device_get(state.iteration)), num_iterations(args)):
+        policy, key = jax.device_put((state.policy, seed_words(args.seed, ROLLOUT, iteration)), env.device)
+        env_state, transitions = rollout(env, args.num_steps, policy, env_state, key)
+        key = jax.device_put(seed_words(args.seed, UPDATE, iteration), across_devices(P()))
+        state, metrics = update(state, jax.device_put(transitions, across_devices(P(None, "data"))), key)
+        log(iteration + 1, state, metrics | jax.device_get(episode_metrics(env_state.finished)))
     return state
 
 
-def main(args: Args) -> None:
-    """Train a policy by Soft PPO, or by one of the treatments of entropy that it is compared with."""
-    args = prepare_args(join_processes(args), check_args)
-    addon = choose_addon(args.addon, args.env_id, args.addon_coef)
-    seeds = np.split(env_seeds(args.seed, 0, args.num_envs), jax.process_count())[jax.process_index()]
-    env = make_env(args.env_id, addon, args.squash, seeds)
-    actor = Actor(env.action_dim, args.hidden_sizes, args.activation, args.state_dependent_std, args.squash)
-    state = init_state(args, actor, env.obs_dim)
-    run_dir, state = open_run(args, state, {})
+def main(args: Args, open_run: Callable) -> None:
+    """Train a policy by Soft PPO, or by one of the treatments of entropy that it is compared with.
+
+    open_run is Run, below, or what stands for it in a copy: the log, and who keeps the results.
+    """
+    simulator = make_simulator(args.env_id, args.env_kwargs, env_seeds(args.seed, TRAINING, args.num_envs))
+    task = ADDON_TASKS[args.addon]._replace(coef=args.addon_coef)
+    start = load_policy(args.init_from)[0] if args.init_from else None
+    form = args.hidden_sizes, args.activation, args.state_dependent_std, args.squash
+    actor = start.actor if start else Actor(len(simulator.low), *form)
+    state = init_state(args, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS))
+    if start:
+        state = state.replace(params=state.params | {"actor": start.params}, obs_stats=start.obs_stats)
     alpha = args.alpha if args.entropy in ("soft", "repeat") else 0.0
-    loss = entropy_bonus_loss if args.entropy in ("bonus", "repeat") else ppo_loss
-    CONSOLE.print(f"add-on   {addon.coef:g} x the reward on {addon.label}")
-    CONSOLE.print(f"weights  omega = {args.omega:g}, alpha = {alpha:g}, entropy: {args.entropy}")
-    state = train(env, partial(soft_update, loss, args.omega, alpha, args), args, state, run_dir)
-    eval_seeds = np.tile(env_seeds(args.seed, 1, args.eval_episodes), 2)  # with either actions
-    eval_env = make_env(args.env_id, addon, args.squash, eval_seeds)
+    bonus = partial(entropy_bonus_loss, ent_coef=args.ent_coef)
+    loss = bonus if args.entropy in ("bonus", "repeat") else ppo_loss
+    with open_run(args, simulator, task, state) as run:
+        update = partial(soft_update, loss, args.omega, alpha, args)
+        state = train(make_env(simulator, task, actor.squash), update, args, run.state, run.write)
+    seeds = np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), 2)  # with either actions
+    eval_env = make_env(make_simulator(args.env_id, args.env_kwargs, seeds), task, actor.squash)
     results = evaluate(eval_env, {"policy": state.policy}, args.omega, args.seed)
-    save_policy(run_dir / "policy.safetensors", state.policy, args, alpha, results["policy"])
-    finish_run(run_dir, addon.label, results)
+    run.save_policy(state.policy, alpha, results["policy"])
+    run.finish(task.label, results)
 
 
-# This was the algorithm. From here on: what surrounds it.
-
-# ------------------------------------------------------------------------- defaults and checks
-
-
-class StopRun(Exception):
-    """Ends the program with one line for the user; exit code 2: bad input, 1: diverged, 130: interrupted."""
-
-    def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message.replace("\n", " "))
-        self.exit_code = exit_code
-
-
-def choose_addon(name: str | None, env_id: str, coef: float) -> AddonTask:
-    """The named add-on task, or the environment's default; StopRun if there is none."""
-    choices = [key for key, task in ADDON_TASKS.items() if task.env in (env_id.rpartition("-v")[0], "")]
-    if name is None and len(choices) == 1:
-        raise StopRun(f"{env_id} has no add-on task yet; add one to ADDON_TASKS, or give --addon none")
-    if name is not None and name not in choices:
-        raise StopRun(f"--addon {name} is no task for {env_id}; choose from {', '.join(choices)}, or add your own")
-    return ADDON_TASKS[name or choices[0]]._replace(coef=coef)
-
-
-def env_seeds(seed: int, role: int, num_envs: int) -> np.ndarray:
-    """Seeds of environments (num_envs,), independent also between seeds, and between the roles 0, training, and 1."""
-    return np.random.SeedSequence((seed, role)).generate_state(num_envs) // 2  # EnvPool's are below 2^31
-
-
-LIMITS = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs", "num_evals"), (1, np.inf))
-LIMITS |= dict.fromkeys(("eval_episodes", "batch_size", "policy_frequency", "target_network_frequency"), (1, np.inf))
-LIMITS |= dict.fromkeys(("learning_rate", "max_grad_norm", "clip_coef", "q_lr", "policy_lr"), (1e-30, np.inf))
-LIMITS |= dict.fromkeys(("addon_coef", "survival_reward", "target_entropy"), (-np.inf, np.inf))
-LIMITS |= {"seed": (0, 2**30 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "tau": (0, 1)}
-
-
-def check_args(args: Args) -> None:
-    """StopRun if flags cannot work, alone or together."""
-    specs = envpool.registration.registry.specs
-    known = [name for name in specs if specs[name][0] == "envpool.mujoco.gym" and name.endswith(("-v4", "-v5"))]
-    if args.env_id not in known:
-        raise StopRun(f"{args.env_id!r} is no MuJoCo environment that --env-id can be: {', '.join(sorted(known))}")
-    for name, value in vars(args).items():
-        low, high = LIMITS.get(name, (0, np.inf))
-        if isinstance(value, int | float) and not (low <= value <= high and np.isfinite(value)):
-            raise StopRun(f"--{name.replace('_', '-')} is {value}; it must be finite and from {low:g} to {high:g}")
-    if min(args.hidden_sizes or (1,)) < 1:
-        raise StopRun(f"--hidden-sizes is {args.hidden_sizes}; every layer needs at least 1 unit")
-    try:
-        jax.devices("cpu"), jax.devices()  # the first is where the environments run
-    except (RuntimeError, AssertionError) as error:
-        raise StopRun(f"JAX lacks a device ({error}); unset JAX_PLATFORMS, or let it name cpu, too") from None
-    batch_size, devices = args.num_envs * args.num_steps, jax.device_count()
-    if args.num_envs % devices:
-        raise StopRun(f"--num-envs {args.num_envs} cannot be split among {devices} devices; choose a multiple")
-    if batch_size % (args.num_minibatches * devices):
-        parts = f"--num-minibatches {args.num_minibatches} on {devices} devices; choose a divisor"
-        raise StopRun(f"--num-envs times --num-steps is {batch_size}, which cannot be split into {parts}")
-    if args.norm_adv and batch_size == args.num_minibatches:
-        raise StopRun("--norm-adv makes 0 of every advantage in minibatches of one step; lower --num-minibatches")
-    if args.total_timesteps < batch_size:
-        raise StopRun(f"--total-timesteps {args.total_timesteps} is less than one iteration, {batch_size} steps")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise StopRun("--track needs Weights & Biases; install it with: pip install wandb")
-
-
-# --------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------- evaluation
 
 
 ACTIONS = ("stochastic", "deterministic")
 Results = dict[str, dict[str, dict[str, np.ndarray]]]  # what evaluate returns
 
 
+def env_seeds(seed: int, use: int, num_envs: int) -> np.ndarray:
+    """Seeds of environments (num_envs,), below 2^31, as EnvPool wants them; use is TRAINING or EVALUATION."""
+    return seed_words(seed, use, size=num_envs) // 2
+
+
+@jax.jit
+def episode_metrics(finished: Metrics) -> Metrics:
+    """Means over the environments' last episodes, with episodes_seen, without which they are 0 and mean nothing."""
+    seen, per_step = finished["length"] > 0, finished["quantity"] / jnp.maximum(finished["length"], 1)
+    means = {name: masked_mean(x, seen) for name, x in (finished | {"quantity": per_step}).items()}
+    returns = {"basic_return": means["basic"], "addon_return": means["addon"]}
+    returns |= {"total_return": means["basic"] + means["addon"], "addon_quantity": means["quantity"]}
+    return returns | {"episode_length": means["length"], "episodes_seen": seen.sum()}
+
+
 @partial(jax.jit, static_argnames="env")
-def first_episodes(env: Env, policies: list[Policy], state: EnvState, key: jax.Array) -> dict[str, jax.Array]:
+def first_episodes(env: Env, policies: list[Policy], state: EnvState, key: Array) -> Metrics:
     """Sums over each environment's first episode after a reset, those of EnvState and that of log pi.
 
     Each policy has an equal share of the environments, half of it for each of ACTIONS, and the same noise.
@@ -712,44 +774,45 @@ def first_episodes(env: Env, policies: list[Policy], state: EnvState, key: jax.A
     def step(carry):
         key, state, log_prob = carry
         key, noise_key = jax.random.split(key)
-        noise = jax.random.normal(noise_key, (len(state.obs) // len(policies) // len(ACTIONS), env.action_dim))
+        shape = len(state.obs) // len(policies) // len(ACTIONS), env.action_dim
+        noise = jax.random.normal(noise_key, shape, jnp.float32)
         noise = jnp.concatenate([noise, jnp.zeros_like(noise)])
         actions, log_probs = [], []
         for policy, obs in zip(policies, jnp.split(state.obs, len(policies)), strict=True):
             mean, log_std = action_distribution(policy, obs)
             actions.append(mean + jnp.exp(log_std) * noise)
             log_probs.append(policy_log_prob(policy, obs, actions[-1]))
-        first = jnp.isnan(state.finished["length"])
+        first = state.finished["length"] == 0
         after, _ = env.step(state, jnp.concatenate(actions))
         finished = jax.tree.map(lambda new, old: jnp.where(first, new, old), after.finished, state.finished)
         return key, after._replace(finished=finished), log_prob + jnp.where(first, jnp.concatenate(log_probs), 0)
 
-    start = (key, state, jnp.zeros(len(state.obs)))
-    _, state, log_prob = lax.while_loop(lambda carry: jnp.isnan(carry[1].finished["length"]).any(), step, start)
+    start = (wrap_key(key), state, jnp.zeros_like(state.finished["length"]))
+    _, state, log_prob = lax.while_loop(lambda carry: (carry[1].finished["length"] == 0).any(), step, start)
     return state.finished | {"log_prob": log_prob}
 
 
-def evaluate(env: Env, policies: dict[str, Policy], omega: float | None, seed: int) -> Results:
+def evaluate(env: Env, policies: dict[str, Policy], omega: float, seed: int) -> Results:
     """Play each policy with sampled and with deterministic actions, an episode in each environment of its share.
 
     Returns: {policy: {"stochastic", "deterministic"}} -> {"objective", "total", "basic", "addon", "quantity", "length",
-    "log_prob"} -> array (episodes,); objective = omega basic + addon, or left out; total = basic + addon; quantity, and
-    log_prob, which is log pi of the actions in nats, are means over the episode's steps.
+    "log_prob"} -> array (episodes,); objective = omega basic + addon; total = basic + addon; quantity, and log_prob,
+    which is log pi of the actions in nats, are means over the episode's steps.
     """
-    players, key = jax.device_get((list(policies.values()), jax.random.PRNGKey(seed)))  # to where the environments are
-    sums, shape = first_episodes(env, players, env.reset(), key), (len(policies), len(ACTIONS), -1)
-    columns = {name: np.asarray(x, np.float64).reshape(shape) for name, x in sums.items()}
+    players, key = jax.device_get((list(policies.values()), seed_words(seed, PLAY)))
+    players, key = jax.device_put((players, key), env.device)
+    sums, shape = jax.device_get(first_episodes(env, players, env.reset(), key)), (len(policies), len(ACTIONS), -1)
+    columns = {name: np.float64(x).reshape(shape) for name, x in sums.items()}
     columns |= {name: columns[name] / columns["length"] for name in ("quantity", "log_prob")}
     columns["total"] = columns["basic"] + columns["addon"]
-    if omega is not None:
-        columns["objective"] = omega * columns["basic"] + columns["addon"]
+    columns["objective"] = omega * columns["basic"] + columns["addon"]
     return {
         policy: {actions: {name: x[i, j] for name, x in columns.items()} for j, actions in enumerate(ACTIONS)}
         for i, policy in enumerate(policies)
     }
 
 
-# ------------------------------------------------------------------------------- policy files
+# ----------------------------------------------------------------------------------- policy files
 
 
 def policy_tensors(policy: Policy) -> dict[str, Any]:
@@ -767,134 +830,81 @@ def policy_digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> s
     return digest.hexdigest()
 
 
-def save_policy(path: Path, policy: Policy, args: Args, alpha: float, results: dict[str, dict]) -> None:
-    """Write a policy file (safetensors), with alpha, evaluate's results for the policy, and how it was trained."""
+def policy_bytes(policy: Policy, args: Args, alpha: float, results: dict[str, dict], training: dict) -> bytes:
+    """A policy file (safetensors), with alpha, evaluate's results for the policy, and how it was trained."""
     actor, sampled = policy.actor, results["stochastic"]
     tensors = {name: np.ascontiguousarray(x) for name, x in policy_tensors(jax.device_get(policy)).items()}
     metadata = {"format": "pt", "env_id": args.env_id, "alpha": str(alpha), "gamma": str(args.gamma)}
     metadata |= {"squash": str(actor.squash).lower(), "hidden_sizes": json.dumps(actor.hidden_sizes)}
     metadata |= {"activation": actor.activation, "obs_clip": str(actor.obs_clip)}
+    if actor.state_dependent_std:
+        metadata["log_std"] = actor.log_std_form
     returns = {actions: f"{x['basic'].mean():.0f} ± {x['basic'].std():.0f}" for actions, x in results.items()}
     metadata["returns"] = ", ".join(f"{actions} {text}" for actions, text in returns.items())
-    metadata["training"] = json.dumps(provenance(args), default=str)
-    if "objective" in sampled:  # mean r - alpha mean log pi over the steps, r the objective's reward
-        soft_returns = sampled["objective"] - alpha * sampled["log_prob"] * sampled["length"]
-        metadata["survival_reward"] = str(soft_returns.sum() / sampled["length"].sum())
+    metadata["training"] = json.dumps(training, default=str)
+    # mean r - alpha mean log pi over the steps, r the objective's reward
+    soft_returns = sampled["objective"] - alpha * sampled["log_prob"] * sampled["length"]
+    metadata["survival_reward"] = str(soft_returns.sum() / sampled["length"].sum())
     metadata["sha256"] = policy_digest(tensors, metadata)
-    write_atomic(path, safetensors.numpy.save(tensors, metadata))
+    return safetensors.numpy.save(tensors, metadata)
 
 
-def load_policy(path: Path, env_id: str) -> tuple[Policy, dict[str, str]]:
-    """Read a policy file: the policy and the metadata; StopRun if it is missing, damaged or for another environment."""
-    try:
-        data = path.read_bytes()
-        tensors = {k: x for k, x in safetensors.numpy.load(data).items() if not k.startswith("critic.")}
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        check_metadata(metadata, policy_digest(tensors, metadata), env_id)
-        spec, hidden_sizes = envpool.make_spec(env_id), tuple(json.loads(metadata["hidden_sizes"]))
-        form = (metadata["activation"], "actor_logstd.weight" in tensors, metadata["squash"] == "true")
-        actor = Actor(*spec.action_space.shape, hidden_sizes, *form, float(metadata.get("obs_clip", 10)))
-        obs = jnp.zeros(spec.observation_space.shape)
-        params = jax.eval_shape(actor.init, jax.random.PRNGKey(0), obs)
-        check_arrays(tensors, jax.eval_shape(policy_tensors, Policy(params, RunningStats(obs, obs, obs), actor)))
-        if (tensors["obs_var"] < 0).any() or np.abs(tensors.get("actor_logstd", 0)).max() > 20:
-            raise ValueError("obs_var has negative entries, or actor_logstd some beyond ±20, as no policy has them")
-        stats = RunningStats(tensors.pop("obs_mean"), tensors.pop("obs_var"), np.float32(1))
-        params = {tuple(name.replace("weight", "kernel").rsplit(".", 1)): x.T for name, x in tensors.items()}
-        policy = Policy({"params": flax.traverse_util.unflatten_dict(params)}, stats, actor)
-        return jax.tree.map(jnp.asarray, policy), metadata
-    except FileNotFoundError:
-        raise StopRun(f"there is no policy {path}; train one with train_prior_ppo.py, or name a file") from None
-    except Exception as error:  # a damaged file can fail in any way
-        raise StopRun(f"the policy {path} cannot be used: {error}") from None
+def load_policy(path: Path) -> tuple[Policy, dict[str, str]]:
+    """Read a policy file: the policy, in NumPy, and the metadata. It must be sound: check_policy says if not."""
+    data = path.read_bytes()
+    tensors = {name: x for name, x in safetensors.numpy.load(data).items() if not name.startswith("critic.")}
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    hidden_sizes, form = tuple(json.loads(metadata["hidden_sizes"])), metadata.get("log_std", "clip -20 2")
+    kind = (metadata["activation"], "actor_logstd.weight" in tensors, metadata["squash"] == "true")
+    action_dim = len(tensors[f"actor_mean.{2 * len(hidden_sizes)}.bias"])
+    actor = Actor(action_dim, hidden_sizes, *kind, float(metadata.get("obs_clip", 10)), form)
+    stats = RunningStats(tensors.pop("obs_mean"), tensors.pop("obs_var"), np.float32(1))
+    params = {tuple(name.replace("weight", "kernel").rsplit(".", 1)): x.T for name, x in tensors.items()}
+    return Policy({"params": flax.traverse_util.unflatten_dict(params)}, stats, actor), metadata
 
 
-def check_metadata(metadata: dict[str, str], digest: str, env_id: str) -> None:
-    """ValueError unless a policy file's metadata are as priors/README.md describes them, and for this environment."""
-    required, numbers = {"env_id", "squash", "hidden_sizes", "activation"}, {"alpha", "gamma", "survival_reward"}
-    known = required | numbers | {"obs_clip", "measured_alpha", "format", "returns", "training", "sha256"}
-    if wrong := (required - metadata.keys()) | (metadata.keys() - known):
-        raise ValueError(f"the metadata {sorted(wrong)} are missing or unknown")
-    if metadata.get("sha256", digest) != digest:
-        raise ValueError("it is damaged (its sha256 does not match); copy or export it anew")
-    if metadata["env_id"].rpartition("-v")[0] != env_id.rpartition("-v")[0]:
-        raise ValueError(f"it is for {metadata['env_id']}, not {env_id}; change --env-id or the policy")
-    if metadata["squash"] not in ("true", "false") or metadata["activation"] not in ("tanh", "relu"):
-        raise ValueError("its squash is neither true nor false, or its activation neither tanh nor relu")
-    alpha, gamma, survival, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
-    if not (0 <= alpha < np.inf and 0 <= gamma <= 1 and np.isfinite(survival) and obs_clip > 0):
-        raise ValueError(f"one of its {sorted(numbers)} or its obs_clip is impossible")
+# A copy for a project of your own may end here: README.md shows the few lines that then stand for Run and all below.
+
+# ----------------------------------------------------------------------------- run folder and log
 
 
-def check_arrays(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """ValueError unless the arrays found are finite and have the names, shapes and types of those expected."""
-    for name in sorted(found.keys() | expected.keys()):
-        ours, theirs = (f"{x[name].dtype} {x[name].shape}" if name in x else "absent" for x in (found, expected))
-        if ours != theirs:
-            raise ValueError(f"{name} is {ours}; it should be {theirs}")
-        if not np.isfinite(found[name]).all():
-            raise ValueError(f"{name} has entries that are NaN or infinite")
+class Console(rich.console.Console):
+    """A terminal whose reader may go away: the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Say it once, where it can still be read."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("standard output is closed; the run goes on, and writes to its folder", file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------ run folder and logs
-
-
-CONSOLE = rich.console.Console(highlight=False, soft_wrap=True)
+CONSOLE = Console(highlight=False, soft_wrap=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Let process 0 write a file such that a crash leaves the old one or the new one, never half of one."""
-    if jax.process_index() == 0:
-        temporary = path.with_name(f"{path.name}.tmp")
+    """Write a file such that a crash leaves the old one or the new one, never half of one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def provenance(args: Args) -> dict[str, Any]:
-    """The arguments, and what else results depend on; without git, the commit is None."""
+def provenance(args: Args, simulator: str) -> dict[str, Any]:
+    """The arguments, and what else results depend on; without git, no commit."""
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    packages = ("jax", "flax", "optax", "envpool", "gymnasium", "numpy")
-    mujoco = ctypes.CDLL(sys.modules["envpool.mujoco.mujoco_gym_envpool"].__file__)
-    mujoco.mj_versionString.restype = ctypes.c_char_p
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "args": dataclasses.asdict(args),
         "git_commit": git.stdout.strip() or None,
-        "packages": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages},
-        "mujoco_in_envpool": mujoco.mj_versionString().decode(),  # the package mujoco does not step these environments
+        "packages": {"python": sys.version.split()[0]} | packages,
+        "simulator": simulator,
         "device": jax.devices()[0].device_kind,
     }
-
-
-def open_run(args: Args, state: Any, files: dict[str, bytes]) -> tuple[Path, Any]:
-    """The run's folder, new, with args.json and files, or that of --resume, and the state to start from.
-
-    This process locks the folder as long as it lives. Raises: StopRun if the folder is not to be had.
-    """
-    run_dir = args.resume or args.runs_dir / f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}"
-    try:
-        if jax.process_index() == 0:
-            if not args.resume:
-                run_dir.mkdir(parents=True)
-                files = files | {"args.json": json.dumps(provenance(args), indent=2, default=str).encode()}
-                for name, data in files.items():
-                    write_atomic(run_dir / name, data)
-            fcntl.flock(os.open(run_dir / "args.json", os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)  # NFS: for writing
-    except BlockingIOError:
-        raise StopRun(f"another process goes on with the run {run_dir}; wait for it, or start a new run") from None
-    except OSError as error:
-        raise StopRun(f"cannot write to {run_dir}: {error.strerror}; choose another --runs-dir") from None
-    state = load_checkpoint(run_dir, state) if args.resume else state
-    CONSOLE.print(f"{args.env_id} on {jax.devices()[0].device_kind}, run folder {run_dir}")
-    return run_dir, state
-
-
-def save_checkpoint(run_dir: Path, state: Any) -> None:
-    """Write a run's state."""
-    write_atomic(run_dir / "checkpoint.msgpack", flax.serialization.to_bytes(jax.device_get(state)))
 
 
 def load_checkpoint(run_dir: Path, template: Any) -> Any:
@@ -910,70 +920,99 @@ def load_checkpoint(run_dir: Path, template: Any) -> Any:
 
 
 SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy")  # if there are such metrics
+CAUSES = {  # of numbers that are not finite, in the order of what follows from what
+    "basic_reward": "the environment's own reward",
+    "addon_reward": "the reward of the add-on task {addon}, whose quantity or reward wants mending,",
+    "kl_to_prior": "log pi of the prior, whose deviation is too small or whose mean is too far away,",
+}
 
 
-@jax.jit
-def episode_metrics(finished: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Means over the environments' last episodes; NaN before there is one."""
-    means = jax.tree.map(jnp.nanmean, finished | {"quantity": finished["quantity"] / finished["length"]})
-    returns = {"basic_return": means["basic"], "addon_return": means["addon"]}
-    returns["total_return"] = means["basic"] + means["addon"]
-    return returns | {"addon_quantity": means["quantity"], "episode_length": means["length"]}
+class Run(contextlib.AbstractContextManager):
+    """A run's folder, and the log of its training: metrics.csv, TensorBoard (--track mirrors it), the terminal.
 
-
-class RunLog(contextlib.AbstractContextManager):
-    """Keeps a run's last state, and its metrics: in metrics.csv, TensorBoard (which --track mirrors), the terminal.
-
-    However the run ends, short of a kill, its last state whose metrics are finite is in the run folder.
+    The folder is this process's as long as it lives. However the training ends, short of a kill, its last state whose
+    metrics are finite is in the folder.
     """
 
-    def __init__(self, run_dir: Path, args: Args, state: Any):
-        """Go on from a state; rows that an interrupted run wrote after it are dropped."""
-        self.run_dir, self.args, self.state, self.interrupted = run_dir, args, state, False
-        self.iteration_steps, writes = args.num_envs * args.num_steps, jax.process_index() == 0
-        self.total = args.total_timesteps // self.iteration_steps * self.iteration_steps
-        first_step = int(state.iteration) * self.iteration_steps
-        path = run_dir / "metrics.csv" if writes else Path(os.devnull)
+    def __init__(self, args: Args, simulator: Simulator, task: AddonTask, state: Any):
+        """Make the folder, or go on with that of --resume, whose rows after its state are dropped.
+
+        Raises: StopRun if it is not to be had, or if task, policy and simulator do not go together.
+        """
+        check_simulator(args, simulator, task, state)
+        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}".replace("/", "-")
+        self.folder, self.args, self.simulator = args.resume or args.runs_dir / name, args, simulator.version
+        if args.track:
+            start_tracking(args, self.folder.name)
+        if not args.resume:
+            make_folder(self.folder, args, provenance(args, simulator.version))
+        try:
+            lock = os.open(self.folder / "args.json", os.O_RDWR)  # NFS locks only what is open for writing
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = f"another process goes on with the run {self.folder}; wait for it, or start a new run"
+            raise StopRun(what) from None
+        self.state = load_checkpoint(self.folder, state) if args.resume else state
+        CONSOLE.print(f"{args.env_id} on {jax.devices()[0].device_kind}, run folder {self.folder}")
+        names = ("omega", "omega_prime", "alpha_hat", "survival_reward", "alpha", "ent_coef", "entropy")
+        weights = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        shown = (f"{k} = {x:.4g}" if isinstance(x, float) else f"{k} = {x}" for k, x in weights.items())
+        CONSOLE.print(f"add-on   {task.coef:g} x the reward on {task.label}\nweights  {', '.join(shown)}")
+
+        self.iteration_steps = args.num_envs * args.num_steps
+        self.total = args.total_timesteps - args.total_timesteps % self.iteration_steps
+        first_step, path = int(jax.device_get(self.state.iteration)) * self.iteration_steps, self.folder / "metrics.csv"
         rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
         rows = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= first_step]
-        self.csv = path.open("w", buffering=1)
-        self.csv.writelines(",".join(row) + "\n" for row in rows)
-        if args.track and writes:
-            import wandb
-
-            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
-            wandb.init(**where, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
-        self.tensorboard = tensorboardX.SummaryWriter(str(run_dir), purge_step=first_step, write_to_disk=writes)
-        live = args.progress and CONSOLE.is_terminal
-        self.bar = rich.progress.Progress(console=CONSOLE, refresh_per_second=2, disable=not live)
+        write_atomic(path, "".join(",".join(row) + "\n" for row in rows).encode())
+        self.csv = path.open("a", buffering=1)
+        self.tensorboard = tensorboardX.SummaryWriter(str(self.folder), purge_step=first_step + 1)
+        self.bar = rich.progress.Progress(console=CONSOLE, refresh_per_second=2)
+        self.bar.disable = not (args.progress and CONSOLE.is_terminal)
         self.task = self.bar.add_task("compiling", total=self.total, completed=first_step)
         self.bar.start()
         self.written_at = time.time()
         self.start = self.written_at - (float(rows[-1][1]) if len(rows) > 1 else 0)  # of the clock, less interruptions
-        self.saved_at = self.next_report = self.next_line = 0.0
-        signal.signal(signal.SIGINT, self.interrupt)
+        self.saved_at = self.next_report = self.next_line = self.signal = 0
+        self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def __exit__(self, *_: Any) -> None:
-        save_checkpoint(self.run_dir, self.state)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for log in (self.csv, self.tensorboard):
-            log.close()
+    def __exit__(self, kind: Any, error: Any, *_: Any) -> None:
+        """Keep the last state."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         self.bar.stop()
+        full = isinstance(error, OSError)  # a full disk, say: then the state before is the last good one
+        with contextlib.suppress(OSError) if full else contextlib.nullcontext():
+            self.save_checkpoint()
+            self.csv.close()
+            self.tensorboard.close()
 
-    def interrupt(self, *_: Any) -> None:
-        """Let the first Ctrl-C end the run after the iteration under way, a second one at once."""
-        self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def interrupt(self, number: int, _: Any) -> None:
+        """Let the first Ctrl-C, or a SIGTERM, end the run after the iteration under way, a second one at once."""
+        self.signal = number
+        signal.signal(number, self.handlers[number])
 
-    def write(self, state: Any, metrics: dict[str, np.ndarray], returns: dict[str, np.ndarray]) -> None:
+    def save_checkpoint(self) -> None:
+        """Write the state, once what was logged until then is on the disk."""
+        self.csv.flush()
+        self.tensorboard.flush()
+        write_atomic(self.folder / "checkpoint.msgpack", flax.serialization.to_bytes(jax.device_get(self.state)))
+        self.saved_at = time.time()
+
+    def write(self, iteration: int, state: Any, metrics: Metrics) -> None:
         """Log an iteration: a row always, the rest about every second, a plain line every ten, and all at the end.
 
-        Raises: StopRun if metrics are not finite, or after Ctrl-C.
+        Raises: StopRun if metrics are not finite, or after a signal.
         """
+        metrics = jax.device_get(metrics)
         if bad := [name for name, value in metrics.items() if not np.isfinite(value)]:
-            where = f"in iteration {int(state.iteration)}; the state before it is in {self.run_dir}"
-            raise StopRun(f"{', '.join(bad)} not finite {where}; try a lower learning rate", exit_code=1)
-        self.state, metrics, global_step = state, returns | metrics, int(state.iteration) * self.iteration_steps
+            cause = next((text for name, text in CAUSES.items() if name in bad), None)
+            what = f"{cause.format(addon=getattr(self.args, 'addon', ''))} is" if cause else f"{', '.join(bad)} are"
+            what += f" not finite in iteration {iteration}; the state before it is in {self.folder}"
+            raise StopRun(what + ("" if cause else "; try a lower learning rate"), exit_code=1)
+        if metrics.pop("episodes_seen") == 0:
+            metrics |= {name: np.nan for name in metrics if name.endswith(("_return", "_quantity", "_length"))}
+        self.state, global_step = state, iteration * self.iteration_steps
         now, last = time.time(), global_step >= self.total
         speed, self.written_at = self.iteration_steps / (now - self.written_at), now
         row = {"global_step": global_step, "elapsed_s": f"{now - self.start:.3f}", "steps_per_s": f"{speed:.0f}"}
@@ -981,42 +1020,75 @@ class RunLog(contextlib.AbstractContextManager):
         if not self.csv.tell():
             print(*row, sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv)
-        if self.interrupted:
-            raise StopRun(f"interrupted; continue with: python {sys.argv[0]} --resume {self.run_dir}", exit_code=130)
+        if now >= self.next_report or last or self.signal:
+            self.next_report = now + 1
+            self.report(global_step, speed, {name: x for name, x in metrics.items() if np.isfinite(x)})
+        if self.signal:
+            what = f"{signal.Signals(self.signal).name}: stopped, continue with: python {shlex.quote(sys.argv[0])}"
+            raise StopRun(f"{what} --resume {shlex.quote(str(self.folder))}", 128 + self.signal)
         if now - self.saved_at >= self.args.checkpoint_interval:
-            save_checkpoint(self.run_dir, state)
-            self.saved_at = now
-        if now < self.next_report and not last:
-            return
-        self.next_report = now + 1
+            self.save_checkpoint()
+
+    def report(self, global_step: int, speed: float, metrics: dict[str, np.ndarray]) -> None:
+        """Show an iteration in TensorBoard and on the terminal."""
         for name, value in metrics.items():
-            if np.isfinite(value):
-                self.tensorboard.add_scalar(name, value, global_step)
+            self.tensorboard.add_scalar(name, value, global_step)
         values = [f"{name.partition('_')[0]} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
         text = " ".join([f"{speed:,.0f} steps/s", *values])
         self.bar.update(self.task, completed=global_step, description=text)
-        if self.bar.disable and (now >= self.next_line or last):
-            self.next_line = now + 10
+        if self.bar.disable and (time.time() >= self.next_line or global_step >= self.total):
+            self.next_line = time.time() + 10
             CONSOLE.print(f"{global_step / self.total:4.0%}  {(self.total - global_step) / speed:5.0f} s left  {text}")
 
+    def save_policy(self, policy: Policy, alpha: float, results: dict[str, dict]) -> None:
+        """Write the policy file, with alpha and evaluate's results for this policy."""
+        data = policy_bytes(policy, self.args, alpha, results, provenance(self.args, self.simulator))
+        write_atomic(self.folder / "policy.safetensors", data)
 
-def finish_run(run_dir: Path, quantity: str, results: Results) -> None:
-    """Let process 0 draw, and write the evaluation, with which the run counts as complete; then show it."""
-    if jax.process_index() > 0:
-        return
-    plot_learning_curve(run_dir)
-    statistics = {"mean": np.mean, "std": np.std, "episodes": np.ndarray.tolist}
-    content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
-    write_atomic(run_dir / "eval.json", json.dumps(content, indent=1).encode())
+    def finish(self, quantity: str, results: Results) -> None:
+        """Draw, and write the evaluation, with which the run counts as complete; then show it."""
+        plot_learning_curve(self.folder)
+        statistics = {"mean": np.mean, "std": np.std, "episodes": np.ndarray.tolist}
+        content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
+        write_atomic(self.folder / "eval.json", json.dumps(content, indent=1).encode())
+        CONSOLE.print(results_table(quantity, results))
+        where = shlex.quote(str(self.folder))
+        CONSOLE.print(f"policy, metrics and curves are in {where}; to watch it: python enjoy.py {where} --window")
+
+
+def make_folder(folder: Path, args: Args, about: dict[str, Any]) -> None:
+    """Make a run's folder, with args.json, and prior.safetensors if there is a policy to begin with; StopRun if not."""
+    source = getattr(args, "prior", None) or getattr(args, "init_from", None)
+    try:
+        prior = source and source.read_bytes()
+        folder.mkdir(parents=True)
+        if prior:
+            write_atomic(folder / "prior.safetensors", prior)
+        write_atomic(folder / "args.json", json.dumps(about, indent=2, default=str).encode())
+    except OSError as error:
+        raise StopRun(f"cannot write to {folder}: {error.strerror}; choose another --runs-dir", 1) from None
+
+
+def start_tracking(args: Args, name: str) -> None:
+    """Begin a run of Weights & Biases, or go on with it; StopRun if that is not to be had."""
+    import wandb
+
+    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name}
+    try:
+        wandb.init(**where, resume="allow", config=vars(args), sync_tensorboard=True)
+    except Exception as error:  # a login, a name, a network
+        raise StopRun(f"--track: Weights & Biases does not start ({error}); see wandb login, WANDB_MODE", 1) from None
+
+
+def results_table(quantity: str, results: Results) -> rich.table.Table:
+    """Mean ± standard deviation over the episodes of each policy, with either actions; quantity is the add-on's."""
     columns = {f"{policy}\n{actions}": x for policy, row in results.items() for actions, x in row.items()}
     headers = (rich.table.Column(header, justify="right", no_wrap=True) for header in columns)
     table = rich.table.Table("", *headers, box=rich.box.SIMPLE_HEAD)
     for name, digits in {"objective": 0, "total": 0, "basic": 0, "addon": 0, "quantity": 3, "length": 0}.items():
-        cells = [f"{x[name].mean():.{digits}f} ± {x[name].std():.{digits}f}" for x in columns.values() if name in x]
-        if cells:
-            table.add_row({"addon": "add-on", "quantity": quantity}.get(name, name), *cells)
-    CONSOLE.print(table)
-    CONSOLE.print(f"policy, metrics and curves are in {run_dir}; to watch it: python enjoy.py {run_dir} --window")
+        cells = [f"{x[name].mean():.{digits}f} ± {x[name].std():.{digits}f}" for x in columns.values()]
+        table.add_row({"addon": "add-on", "quantity": quantity}.get(name, name), *cells)
+    return table
 
 
 def plot_learning_curve(run_dir: Path) -> None:
@@ -1033,73 +1105,184 @@ def plot_learning_curve(run_dir: Path) -> None:
     figure.savefig(run_dir / "learning_curve.png", dpi=120)
 
 
-# ------------------------------------------------------------------ command line and processes
+# ------------------------------------------------------------------------ checks and command line
 
 
-START_ARGS = ("resume", "distributed", "coordinator_address", "num_processes", "process_id")  # no part of a run
+def choose_addon(args: Args) -> Args:
+    """The arguments with the name of an add-on task that the environment has; StopRun if there is none."""
+    choices = [name for name, task in ADDON_TASKS.items() if task.env in (args.env_id.rpartition("-v")[0], "")]
+    if args.addon == "default" and len(choices) == 1:
+        raise StopRun(f"{args.env_id} has no add-on task yet; add one to ADDON_TASKS, or give --addon none")
+    name = {"default": choices[0], "None": "none"}.get(args.addon, args.addon)
+    if name not in choices:
+        raise StopRun(f"--addon {name} is no task for {args.env_id}; choose from {', '.join(choices)}, or add your own")
+    return dataclasses.replace(args, addon=name)
 
 
-def join_processes(args: Args) -> Args:
-    """The arguments, once the processes of a --distributed run have met; StopRun if they do not, or differ in flags."""
-    cluster = {name: getattr(args, name) for name in START_ARGS[2:]}
-    if not args.distributed:
-        if any(value is not None for value in cluster.values()):
-            raise StopRun("--coordinator-address, --num-processes and --process-id need --distributed")
-        return args
-    how = "give --coordinator-address HOST:PORT, --num-processes and --process-id, or start by SLURM or Open MPI"
-    if not (args.coordinator_address or "host:1").rpartition(":")[2].isdigit():
-        raise StopRun(f"--coordinator-address {args.coordinator_address} names no port; {how}")
-    CONSOLE.print("waiting for the other processes ...")
+def check_simulator(args: Args, simulator: Simulator, task: AddonTask, state: Any) -> None:
+    """StopRun unless the policy fits the simulator, and the task can be computed: in NumPy, as in enjoy.py, and here.
+
+    NumPy knows an index that is out of range, and tracing knows what cannot be compiled.
+    """
+    ours, theirs = (len(state.obs_stats.mean), state.actor.action_dim), (simulator.obs_dim, len(simulator.low))
+    if ours != theirs:
+        what = "the policy has {} observations and {} actions, {} has {} and {}; change --env-id, or the policy"
+        raise StopRun(what.format(*ours, args.env_id, *theirs))
+    obs = np.tile(np.float32(jax.device_get(simulator.reset()[1])[0]), (2, 3, 1))  # so that t[7] is no t[..., 7]
+    action = np.tile(np.clip(np.zeros_like(simulator.low), simulator.low, simulator.high), (2, 3, 1))
     try:
-        jax.distributed.initialize(**cluster)
-    except (RuntimeError, ValueError) as error:
-        raise StopRun(f"the processes cannot meet: {error}; {how}") from None
-    CONSOLE.quiet = jax.process_index() > 0
-    flags = str({name: value for name, value in vars(args).items() if name not in cluster})
-    digest = np.frombuffer(hashlib.sha256(flags.encode()).digest(), np.uint32)
-    if (multihost_utils.process_allgather(digest) != digest).any():
-        raise StopRun("the processes were started with different flags; start all with the same, but for --process-id")
+        with np.errstate(all="ignore"):
+            reward = task.reward(task.quantity(obs, action, obs))
+        shape = jax.eval_shape(lambda s, a, t: task.reward(task.quantity(s, a, t)), obs, action, obs).shape
+        if not np.shape(reward) == shape == (2, 3):
+            raise ValueError(f"it has shape {np.shape(reward)} for observations of shape {obs.shape}")
+        if np.iscomplexobj(reward) or not np.isfinite(reward).all():
+            raise ValueError(f"it is {np.ravel(reward)[0]} for the first observation")
+    except Exception as error:  # a task is code of the user's
+        how = "use indices as in t[..., 3], operators, abs, and functions of xp, as xp.minimum; no if, min, float or np"
+        what = f"{getattr(args, 'addon', 'none')} cannot be computed: {type(error).__name__}"
+        raise StopRun(f"the add-on task {what}: {(str(error).splitlines() or [''])[0]}; {how}") from None
+
+
+def check_start(args: Args) -> Args:
+    """The arguments; StopRun unless --init-from, if given, names a sound policy file."""
+    if args.init_from:
+        check_policy(args.init_from, args.env_id)
     return args
 
 
-def prepare_args(args: Args, check: Callable) -> Args:
-    """The arguments, with --resume those of its run, which check accepts; StopRun if that fails."""
-    if not args.resume:
-        check(args)
+def check_policy(path: Path, env_id: str) -> None:
+    """StopRun if a policy file is missing, damaged, for another environment, or none that load_policy can read."""
+    try:
+        data = path.read_bytes()
+        check_metadata(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {}), env_id)
+        policy, metadata = load_policy(path)
+        tensors, key = policy_tensors(policy), jax.ShapeDtypeStruct((2,), jnp.uint32)
+        obs = jax.ShapeDtypeStruct(tensors["obs_mean"].shape, jnp.float32)
+        expected = Policy(jax.eval_shape(policy.actor.init, key, obs), RunningStats(obs, obs, obs), policy.actor)
+        check_arrays(tensors, jax.eval_shape(policy_tensors, expected))
+        if metadata.get("sha256", digest := policy_digest(tensors, metadata)) != digest:
+            raise ValueError("it is damaged (its sha256 does not match); copy or export it anew")
+        if "log_std" in metadata and not policy.actor.state_dependent_std:
+            raise ValueError("it has log_std, which is for a deviation that depends on the state; leave that key out")
+        if (tensors["obs_var"] < 0).any() or np.abs(tensors.get("actor_logstd", 0)).max() > 10:
+            raise ValueError("obs_var has negative entries, or actor_logstd some beyond ±10, too narrow for float32")
+    except FileNotFoundError:
+        raise StopRun(f"there is no policy {path}; train one with train_prior_ppo.py, or name a file") from None
+    except Exception as error:  # a damaged file can fail in any way
+        raise StopRun(f"the policy {path} cannot be used: {type(error).__name__}: {error}") from None
+
+
+def check_metadata(metadata: dict[str, str], env_id: str) -> None:
+    """ValueError unless a policy file's metadata are as priors/README.md describes them, and for this environment."""
+    required, numbers = {"env_id", "squash", "hidden_sizes", "activation"}, {"alpha", "gamma", "survival_reward"}
+    known = required | numbers | {"obs_clip", "log_std", "measured_alpha", "format", "returns", "training", "sha256"}
+    if wrong := (required - metadata.keys()) | (metadata.keys() - known):
+        raise ValueError(f"the metadata {sorted(wrong)} are missing or unknown")
+    if metadata["env_id"].rpartition("-v")[0] != env_id.rpartition("-v")[0]:
+        raise ValueError(f"it is for {metadata['env_id']}, not {env_id}; change --env-id or the policy")
+    if metadata["squash"] not in ("true", "false") or metadata["activation"] not in ("tanh", "relu", "elu", "silu"):
+        raise ValueError("its squash is neither true nor false, or its activation none of tanh, relu, elu, silu")
+    alpha, gamma, survival, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
+    if not (0 <= alpha < np.inf and 0 <= gamma <= 1 and np.isfinite(survival) and obs_clip > 0):
+        raise ValueError(f"one of its {sorted(numbers)} or its obs_clip is impossible")
+
+
+def check_arrays(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """ValueError unless the arrays found are finite and have the names, shapes and types of those expected."""
+    for name in sorted(found.keys() | expected.keys()):
+        ours, theirs = (f"{x[name].dtype} {x[name].shape}" if name in x else "absent" for x in (found, expected))
+        if ours != theirs:
+            raise ValueError(f"{name} is {ours}; it should be {theirs}")
+        if not np.isfinite(found[name]).all():
+            raise ValueError(f"{name} has entries that are NaN or infinite")
+
+
+LIMITS = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs", "num_evals"), (1, np.inf))
+LIMITS |= dict.fromkeys(("eval_episodes", "batch_size", "policy_frequency", "target_network_frequency"), (1, np.inf))
+LIMITS |= dict.fromkeys(("learning_rate", "max_grad_norm", "clip_coef", "q_lr", "policy_lr"), (1e-30, np.inf))
+LIMITS |= dict.fromkeys(("addon_coef", "survival_reward", "target_entropy"), (-np.inf, np.inf))
+LIMITS |= {"seed": (0, 2**30 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "tau": (0, 1)}
+
+
+def check_flags(args: Args) -> None:
+    """StopRun if a flag cannot work, whatever the others are."""
+    for name, value in vars(args).items():
+        low, high = LIMITS.get(name, (0, np.inf))
+        if isinstance(value, int | float) and not (low <= value <= high and np.isfinite(value)):
+            raise StopRun(f"--{name.replace('_', '-')} is {value}; it must be finite and from {low:g} to {high:g}")
+        if name.endswith("hidden_sizes") and min(value or (1,)) < 1:
+            raise StopRun(f"--{name.replace('_', '-')} is {value}; every layer needs at least 1 unit")
+    try:
+        jax.devices("cpu"), jax.devices()  # the first is where EnvPool's environments run
+    except (RuntimeError, AssertionError) as error:
+        raise StopRun(f"JAX lacks a device ({error}); unset JAX_PLATFORMS, or let it name cpu, too") from None
+    steps = args.num_envs * args.num_steps
+    if args.total_timesteps < steps:
+        raise StopRun(f"--total-timesteps {args.total_timesteps} is less than one iteration, {steps} steps")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise StopRun("--track needs Weights & Biases; install it with: pip install wandb")
+
+
+def check_args(args: Args) -> Args:
+    """The arguments; StopRun if flags cannot work, alone or together."""
+    check_flags(args)
+    batch_size, devices = args.num_envs * args.num_steps, jax.device_count()
+    if args.num_envs % devices:
+        raise StopRun(f"--num-envs {args.num_envs} cannot be split among {devices} devices; choose a multiple")
+    if batch_size % (args.num_minibatches * devices):
+        parts = f"--num-minibatches {args.num_minibatches} on {devices} devices; choose a divisor"
+        raise StopRun(f"--num-envs times --num-steps is {batch_size}, which cannot be split into {parts}")
+    if args.norm_adv and batch_size == args.num_minibatches:
+        raise StopRun("--norm-adv makes 0 of every advantage in minibatches of one step; lower --num-minibatches")
+    return args
+
+
+def resumed_args(args: Args) -> Args:
+    """The arguments, with --resume those of its run; StopRun if there is none to go on with."""
+    folder = args.resume
+    if not folder:
         return args
-    now = {name: value for name, value in vars(args).items() if name in START_ARGS}
-    if args != type(args)(**now):
+    if args != type(args)(resume=folder):
         raise StopRun("--resume takes no other flag: the run goes on with the arguments it was started with")
     try:
-        saved = json.loads((args.resume / "args.json").read_text())["args"]
+        saved = json.loads((folder / "args.json").read_text())["args"]
+        if new := sorted(vars(args).keys() - saved.keys()):
+            CONSOLE.print(f"note     the run is older than these flags, which are at their defaults: {', '.join(new)}")
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-        paths = {name: Path(saved[name]) for name in ("runs_dir", "prior", "export") if saved.get(name)}
-        resumed = type(args)(**(saved | paths | now))
-        check(resumed)
+        paths = {name: Path(saved[name]) for name in ("runs_dir", "export") if saved.get(name)}
+        paths |= {name: folder / "prior.safetensors" for name in ("prior", "init_from") if saved.get(name)}
+        resumed = type(args)(**(saved | paths | {"resume": folder}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StopRun(f"{args.resume} holds no run of {Path(__file__).name} to resume: {error}") from None
-    if (args.resume / "eval.json").exists():
-        raise StopRun(f"the run {args.resume} is complete; start a new one")
+        raise StopRun(f"{folder} holds no run of {Path(__file__).name} to resume: {error}") from None
+    if (folder / "eval.json").exists():
+        raise StopRun(f"the run {folder} is complete; start a new one")
     return resumed
 
 
 def stop(message: str, exit_code: int) -> None:
     """End this process with one line."""
-    print(f"{Path(__file__).name}: {message}".replace("\n", " "), file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
-        os._exit(exit_code)  # sys.exit would wait for the other processes, which may be gone
+    print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
 
 
-if __name__ == "__main__":
+@contextlib.contextmanager
+def one_line_errors():
+    """End this process with one line for what the user, the machine or a signal did; leave faults of ours to Python."""
+    jax.config.update("jax_enable_x64", False)  # whatever JAX_ENABLE_X64 says
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ± or θ shows ?
+    threading.excepthook = lambda fault: print(f"the log: {fault.exc_value}", file=sys.stderr)  # as of a full disk
+    signal.signal(signal.SIGTERM, lambda *_: stop("SIGTERM", 128 + signal.SIGTERM))
     try:
-        main(tyro.cli(Args, description=__doc__))
+        yield
     except StopRun as error:
         stop(str(error), error.exit_code)
     except KeyboardInterrupt:
         stop("interrupted", 130)
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if not jax.distributed.is_initialized():
-            raise
-        what = f"stopped by {type(error).__name__}: {error}"
-        stop(f"{what}; if another process was lost, continue with --resume once all are back", 1)
+    except OSError as error:  # as of a full disk
+        stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(check_start(choose_addon(check_args(resumed_args(tyro.cli(Args, description=__doc__))))), Run)

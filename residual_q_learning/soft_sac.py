@@ -1,0 +1,1233 @@
+# /// script
+# requires-python = ">=3.11,<3.15"
+# dependencies = [
+#   "jax>=0.10", "flax>=0.12", "optax>=0.2.5", "numpy>=2.0", "envpool>=1.2.5", "gymnasium>=1.1",
+#   "tyro>=0.9", "rich>=13.9", "safetensors>=0.5", "tensorboardX>=2.6.2", "matplotlib>=3.10",
+# ]
+# ///
+"""Soft SAC: soft actor-critic, at a fixed temperature or at one that holds the entropy at a target.
+
+The action value of the maximum-entropy objective E[ sum_t gamma^t ( r(s_t,a_t) + alpha H(pi_theta(.|s_t)) ) ] is
+
+    Q(s,a) = r + gamma E[ Q(s',a') - alpha log pi_theta(a'|s') ],
+
+and pi_theta maximises E[ Q(s,a) - alpha log pi_theta(a|s) ], through a (arXiv 1801.01290, 1812.05905).  The task is the
+environment's own reward, or omega r + r_R with an add-on task.  The policy is a prior for every script here.
+
+    python soft_sac.py --env-id Ant-v4 --alpha 0.05 --addon ant-right --omega 0.5
+
+In this order: flags; policy and critic; mathematics; tasks and simulator; buffer and update; train and main;
+evaluation; policy files. Then what a copy can do without: run folder and log; checks and command line.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import envpool
+import flax
+import flax.linen as nn
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+import safetensors.numpy
+import tensorboardX
+import tyro
+from jax import Array, lax
+
+Metrics = dict[str, Array]  # of an iteration
+xp = jnp  # what the line of a task calls it, as in enjoy.py, where it is NumPy
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # run
+    seed: int = 1
+    """seed of the environments, the networks and the sampling"""
+    runs_dir: Path = Path("runs")
+    """the run writes to RUNS_DIR/<env-id>__<script>__<seed>__<time>"""
+    resume: Path | None = None
+    """continue the run in this folder with the arguments it was started with; takes no other flag"""
+    checkpoint_interval: float = 30.0
+    """seconds between checkpoints (0: after every iteration)"""
+    progress: bool = True
+    """live progress bar; with --no-progress, or without a terminal, plain lines"""
+    track: bool = False
+    """mirror the metrics to Weights & Biases"""
+    wandb_project_name: str = "residual-policy-gradients"
+    """the project of --track"""
+    wandb_entity: str | None = None
+    """the team of --track"""
+    eval_episodes: int = 20
+    """episodes of the final evaluation, with sampled and again with deterministic actions"""
+
+    # environment and task
+    env_id: str = "HalfCheetah-v4"
+    """an EnvPool environment with vectors (Box) for observations and actions"""
+    env_kwargs: str = "{}"
+    """keyword arguments for EnvPool's make, in JSON"""
+    num_envs: int = 16
+    """parallel environments"""
+    total_timesteps: int = 500_000
+    """environment steps of the whole training, all environments together"""
+    addon: str = "none"
+    """add-on task r_R; "default": the environment's own; "none": a zero reward"""
+    addon_coef: float = 1.0
+    """factor on the add-on reward"""
+    omega: float = 1.0
+    """weight of the basic reward r"""
+
+    # entropy
+    alpha: float = 0.1
+    """temperature, in units of reward per nat"""
+    auto_alpha: bool = False
+    """let alpha only be where the temperature starts, and adapt it until the entropy is target_entropy"""
+    target_entropy: float | None = None
+    """of --auto-alpha, in nats, of the density on [-1, 1]^action_dim; if not given, -action_dim"""
+
+    # policy
+    hidden_sizes: tuple[int, ...] = (128, 128)
+    """widths of the policy's hidden layers"""
+    activation: Literal["tanh", "relu", "elu", "silu"] = "relu"
+    """after each of them"""
+
+    # SAC
+    num_steps: int = 16
+    """steps per environment between two updates"""
+    updates_per_step: float = 0.25
+    """gradient steps per environment step"""
+    batch_size: int = 256
+    """transitions per gradient step"""
+    buffer_size: int = 1_000_000
+    """transitions kept, the latest ones; memory is taken for total_timesteps at most"""
+    learning_starts: int = 5_000
+    """transitions in the buffer before the first gradient step"""
+    critic_hidden_sizes: tuple[int, ...] = (128, 128)
+    """widths of the hidden layers of each of the two critics"""
+    layer_norm: bool = False
+    """layer normalisation in the critics (arXiv 1607.06450)"""
+    policy_lr: float = 3e-4
+    """learning rate of the policy's Adam"""
+    q_lr: float = 1e-3
+    """learning rate of the critics' Adam and, not annealed, of --auto-alpha"""
+    anneal_lr: bool = False
+    """lower both learning rates linearly to 0 over the run"""
+    policy_frequency: int = 2
+    """gradient steps of the critics for each of the policy"""
+    target_network_frequency: int = 1
+    """gradient steps between two updates of the target critics"""
+    tau: float = 0.005
+    """how far an update moves the target critics to the critics, from 0 to 1"""
+    gamma: float = 0.99
+    """discount"""
+
+
+# ------------------------------------------------------------------------------ policy and critic
+
+
+class RunningStats(NamedTuple):
+    """Mean, variance and number of the data seen so far."""
+
+    mean: Array
+    var: Array
+    count: Array
+
+
+class Actor(nn.Module):
+    """Diagonal Gaussian over actions u before squashing or clipping; its parameters are named as in a policy file.
+
+    The action is tanh(u), stretched from [-1, 1] to the environment's bounds, if squash, else u, clipped to them.
+    """
+
+    action_dim: int
+    hidden_sizes: tuple[int, ...]
+    activation: str = "tanh"
+    state_dependent_std: bool = False
+    squash: bool = True
+    obs_clip: float = 10.0  # bound on normalised observations
+    log_std_form: str = "clip -20 2"  # how a state-dependent deviation comes out of the network
+
+    @nn.compact
+    def __call__(self, obs: Array) -> tuple[Array, Array]:
+        """Map normalised observations (..., obs_dim) to mean (..., action_dim) and log_std, which broadcasts to it."""
+        x = hidden_layers(obs, "actor_mean", self.hidden_sizes, self.activation)
+        mean = dense(self.action_dim, 0.01, f"actor_mean.{2 * len(self.hidden_sizes)}")(x)
+        if self.state_dependent_std:
+            return mean, bounded_log_std(dense(self.action_dim, 0.01, "actor_logstd")(x), self.log_std_form)
+        return mean, self.param("actor_logstd", nn.initializers.zeros, (self.action_dim,))
+
+
+class TwinCritic(nn.Module):
+    """Two soft action values, in units of reward."""
+
+    hidden_sizes: tuple[int, ...]
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, obs: Array, action: Array) -> Array:
+        """Map normalised observations (..., obs_dim) and actions (..., action_dim) to values (2, ...)."""
+        x, values = jnp.concatenate([obs, action], -1), []
+        for name in ("critic_1", "critic_2"):
+            y = x
+            for i, size in enumerate(self.hidden_sizes):
+                y = dense(size, 2**0.5, f"{name}.{2 * i}")(y)
+                y = nn.relu(nn.LayerNorm(name=f"{name}_norm.{2 * i}")(y) if self.layer_norm else y)
+            values.append(dense(1, 1.0, f"{name}.{2 * len(self.hidden_sizes)}")(y)[..., 0])
+        return jnp.stack(values)
+
+
+def dense(size: int, scale: float, name: str) -> nn.Dense:
+    """A linear layer with orthogonal weights, in true float32 on every device.
+
+    GPUs and TPUs round the factors of a product unless told otherwise, which moves log pi by up to 0.7 nats.
+    """
+    return nn.Dense(size, kernel_init=nn.initializers.orthogonal(scale), precision=lax.Precision.HIGHEST, name=name)
+
+
+def hidden_layers(x: Array, name: str, sizes: tuple[int, ...], activation: str) -> Array:
+    """The hidden layers of a network, named as those of a torch.nn.Sequential; (..., inputs) -> (..., sizes[-1])."""
+    for i, size in enumerate(sizes):
+        x = getattr(nn, activation)(dense(size, 2**0.5, f"{name}.{2 * i}")(x))
+    return x
+
+
+def bounded_log_std(x: Array, form: str) -> Array:
+    """A network's output as a log standard deviation, by a form of priors/README.md; ValueError if it is none."""
+    kind, low, high = (*form.split(), "2")[:3]
+    low, high = float(low), float(high)
+    if kind == "clip" and -20 <= low < high <= 20:
+        return jnp.clip(x, low, high)
+    if kind == "tanh" and -20 <= low < high <= 20:
+        return low + (high - low) / 2 * (jnp.tanh(x) + 1)
+    if kind == "softplus" and 0 < low <= 1:
+        return jnp.log(jax.nn.softplus(x) + low)
+    raise ValueError(f"log_std is {form!r}, none of 'clip LOW HIGH', 'tanh LOW HIGH' and 'softplus MIN'")
+
+
+@flax.struct.dataclass
+class Policy:
+    """All that acting needs: parameters of an Actor, and the normaliser of its observations."""
+
+    params: Any
+    obs_stats: RunningStats
+    actor: Actor = flax.struct.field(pytree_node=False)
+
+
+def normalise(obs: Array, stats: RunningStats, obs_clip: float) -> Array:
+    """Observations (..., obs_dim) with zero mean and unit variance, clipped to [-obs_clip, obs_clip]."""
+    return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -obs_clip, obs_clip)
+
+
+def action_distribution(policy: Policy, obs: Array) -> tuple[Array, Array]:
+    """Mean and log_std of the action before squashing or clipping, given observations that are not normalised."""
+    return policy.actor.apply(policy.params, normalise(obs, policy.obs_stats, policy.actor.obs_clip))
+
+
+def gaussian_log_prob(action: Array, mean: Array, log_std: Array) -> Array:
+    """log N(action; mean, exp(log_std)^2), summed over the last axis; (..., action_dim) -> (...), in nats."""
+    z = (action - mean) * jnp.exp(-log_std)
+    return (-0.5 * z**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
+
+
+def tanh_log_det(action: Array) -> Array:
+    """log |det d tanh(u)/du| at u = action, (..., action_dim) -> (...), in a form exact also where tanh saturates."""
+    return (2 * (jnp.log(2.0) - action - jax.nn.softplus(-2 * action))).sum(-1)
+
+
+def policy_log_prob(policy: Policy, obs: Array, action: Array) -> Array:
+    """log pi(a|s) in nats, the action given before squashing or clipping; (..., obs_dim), (..., action_dim) -> (...).
+
+    A squashed policy's density is that of a = tanh(u) in [-1, 1]^action_dim.
+    """
+    log_prob = gaussian_log_prob(action, *action_distribution(policy, obs))
+    return log_prob - tanh_log_det(action) if policy.actor.squash else log_prob
+
+
+def sample_action(policy: Policy, obs: Array, noise: Array) -> tuple[Array, Array]:
+    """An action before squashing or clipping, (..., action_dim), and log pi of it (...), given standard normal noise.
+
+    Both are differentiable in the policy's parameters.
+    """
+    mean, log_std = action_distribution(policy, obs)
+    action = mean + jnp.exp(log_std) * noise
+    log_prob = gaussian_log_prob(action, mean, log_std)
+    return action, log_prob - tanh_log_det(action) if policy.actor.squash else log_prob
+
+
+def merge_stats(stats: RunningStats, data: Array, valid: Array) -> RunningStats:
+    """Statistics after also seeing data (..., *shape) where valid (...) is true, by Chan's parallel update (1983)."""
+    axes = tuple(range(valid.ndim))
+    seen = valid.reshape(valid.shape + (1,) * (data.ndim - valid.ndim))
+    count = valid.sum().astype(data.dtype)
+    mean = jnp.where(seen, data, 0).sum(axes) / jnp.maximum(count, 1)
+    var = jnp.where(seen, (data - mean) ** 2, 0).sum(axes) / jnp.maximum(count, 1)
+    total = stats.count + count
+    delta = mean - stats.mean
+    var = (stats.var * stats.count + var * count + delta**2 * stats.count * count / total) / total
+    return RunningStats(stats.mean + delta * count / total, var, total)
+
+
+# ------------------------------------------------------------------------------------ mathematics
+
+
+def soft_value(q: Array, log_prob: Array, alpha: Array) -> Array:
+    """min_i Q_i(s,a) - alpha log pi_theta(a|s), of q (2, ...) and log_prob (...) (arXiv 1812.05905).
+
+    For a ~ pi_theta its mean is the soft value of s, which the policy maximises, and of which the target is made.
+    """
+    return q.min(0) - alpha * log_prob
+
+
+def adapted_temperature(alpha: Array, entropy: Array, target_entropy: float, learning_rate: float) -> Array:
+    """The temperature after a step against the error of the entropy, in nats (arXiv 1812.05905, section 5).
+
+    Gradient descent on log alpha, whose gradient is clipped to [-1, 1] nats.
+    """
+    return alpha * jnp.exp(learning_rate * jnp.clip(target_entropy - entropy, -1, 1))
+
+
+def bellman_target(reward: Array, terminated: Array, next_value: Array, gamma: float) -> Array:
+    """r + gamma (1 - terminated) V(s'), of any equal shapes."""
+    return reward + gamma * jnp.where(terminated, 0, next_value)
+
+
+def masked_mean(x: Array, valid: Array) -> Array:
+    """Mean of x where valid is true; 0 if it is nowhere."""
+    return jnp.where(valid, x, 0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+class Experience(NamedTuple):
+    """Transitions; of a batch the leading axis is batch_size, in the buffer its capacity."""
+
+    obs: Array  # not normalised, (..., obs_dim)
+    action: Array  # before squashing or clipping, for exact log-probabilities, (..., action_dim)
+    reward: Array
+    next_obs: Array  # at the end of an episode its last observation, not that of the auto-reset
+    terminated: Array
+
+
+def q_values(state: "SACState", params: Any, obs: Array, action: Array) -> Array:
+    """Both critics' values (2, ...) of actions before squashing, under these parameters."""
+    bounded = jnp.tanh(action) if state.actor.squash else action
+    return state.critic.apply(params, normalise(obs, state.obs_stats, state.actor.obs_clip), bounded)
+
+
+def critic_target(
+    value: Callable, gamma: float, state: "SACState", batch: Experience, noise: Array
+) -> tuple[Array, Array]:
+    """r + gamma V(s') of transitions, by the target critics and next actions drawn anew; and the log pi of these.
+
+    A terminated episode has no V(s'); a truncated one is bootstrapped from its last observation.
+    """
+    action, log_prob = sample_action(state.policy, batch.next_obs, noise)
+    q = q_values(state, state.target_params, batch.next_obs, action)
+    next_value = value(q, batch.next_obs, action, log_prob, state.alpha)
+    return bellman_target(batch.reward, batch.terminated, next_value, gamma), log_prob
+
+
+def critic_loss(params: Any, state: "SACState", batch: Experience, target: Array) -> Array:
+    """Half the mean squared error of each critic, added up."""
+    return 0.5 * ((q_values(state, params, batch.obs, batch.action) - target) ** 2).mean(-1).sum()
+
+
+def actor_loss(params: Any, value: Callable, state: "SACState", obs: Array, noise: Array) -> Array:
+    """Minus the mean soft value of the policy with these parameters, differentiated through its actions."""
+    action, log_prob = sample_action(state.policy.replace(params=params), obs, noise)
+    return -value(q_values(state, state.params["critic"], obs, action), obs, action, log_prob, state.alpha).mean()
+
+
+# ---------------------------------------------------------------------------- tasks and simulator
+
+
+class StopRun(Exception):
+    """Ends the program with one line for the user; exit code 2: bad input, 1: a fault on the way, 128 + n: signal n."""
+
+    def __init__(self, message: str, exit_code: int = 2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class AddonTask(NamedTuple):
+    """An add-on reward, and the quantity of which it is a function.
+
+    The quantity is a function of what a step knows: the observation s (..., obs_dim), the action a (..., action_dim) in
+    the environment's units, and the observation t that the step returned. What needs two actions (smoothness) or the
+    elapsed time is none, as the observation lacks it: the value of a state would not be defined. Use indices as in
+    t[..., 3], operators, abs, and functions of xp, as xp.minimum: it is jax.numpy here, and NumPy in enjoy.py.
+    """
+
+    env: str  # the environment it is for, without the version
+    label: str  # the quantity's name and unit
+    quantity: Callable  # s, a, t -> (...)
+    reward: Callable  # quantity (...) -> (...)
+    coef: float = 1.0
+
+
+# A task of your own is a line here. An environment's first task is its default.
+ADDON_TASKS = {
+    "half-cheetah-front-foot": AddonTask("HalfCheetah", "|θ| (rad)", lambda s, a, t: abs(t[..., 7]), lambda x: -10 * x),
+    "half-cheetah-energy": AddonTask("HalfCheetah", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
+    "hopper-height": AddonTask("Hopper", "z (m)", lambda s, a, t: t[..., 0], lambda z: 10 * (z - 1)),
+    "ant-right": AddonTask("Ant", "-v_y (m/s)", lambda s, a, t: -t[..., 14], lambda v: v),
+    "ant-energy": AddonTask("Ant", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
+    "swimmer-straight": AddonTask("Swimmer", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -0.5 * x),
+    "walker-upright": AddonTask("Walker2d", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -10 * x),
+    "humanoid-right": AddonTask("Humanoid", "-v_y (m/s)", lambda s, a, t: -t[..., 23], lambda v: v),
+    "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
+}
+
+
+class Simulator(NamedTuple):
+    """Environments behind two functions. For a simulator of your own, replace make_simulator and nothing else.
+
+    An end: the step that ends an episode returns its last observation. The next one ignores its action, resets, and
+    returns the first observation of the next episode: it is no transition, and its reward does not count (Gymnasium's
+    AutoresetMode.NEXT_STEP). A simulator that resets within the same step must hold the first observation back until
+    then. To return it at once is a silent error: values would be bootstrapped from the wrong observation.
+
+    device is where the environments live, and rollouts and evaluations run: a CPU, to which the policy is then copied
+    in every iteration, or the accelerator, jax.devices()[0], if the environments are of JAX.
+    """
+
+    reset: Callable  # () -> state, obs (num_envs, obs_dim); called once before training, and before each evaluation
+    step: Callable  # state, action (num_envs, action_dim) -> state, obs, reward, terminated, truncated; to be traced
+    obs_dim: int
+    low: np.ndarray  # bounds of the action (action_dim,)
+    high: np.ndarray
+    device: jax.Device
+    version: str  # for the record
+
+
+def make_simulator(env_id: str, env_kwargs: str, seeds: np.ndarray) -> Simulator:
+    """EnvPool's environments, one for each of the seeds (num_envs,); StopRun unless it has what fits.
+
+    Training has one of --num-envs environments, each evaluation one with an environment for every episode.
+    """
+    try:
+        pool = envpool.make(
+            env_id, env_type="gymnasium", num_envs=len(seeds), seed=seeds.tolist(), **json.loads(env_kwargs)
+        )
+        obs_space, action_space = pool.observation_space, pool.action_space
+    except Exception as error:  # each of its environments fails in its own way
+        hint = "envpool.list_all_envs() names them, --env-kwargs is a JSON object"
+        raise StopRun(f"EnvPool has no {env_id} with {env_kwargs} ({type(error).__name__}: {error}); {hint}") from None
+    for what, space in {"observations": obs_space, "actions": action_space}.items():
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+            kind = f"{type(space).__name__} {getattr(space, 'shape', '')}".strip()
+            raise StopRun(f"the {what} of {env_id} are {kind}, not vectors (Box); choose another --env-id")
+    with jax.enable_x64(True):  # some of EnvPool's environments speak float64
+        handle, _, _, xla_step = pool.xla()
+
+    def reset():
+        return handle, pool.reset()[0].astype(np.float32)
+
+    def step(handle, action):
+        with jax.enable_x64(True):
+            handle, (obs, reward, terminated, truncated, _) = xla_step(handle, action.astype(action_space.dtype))
+            return handle, obs.astype(jnp.float32), reward.astype(jnp.float32), terminated, truncated
+
+    bounds, device = (np.float32(action_space.low), np.float32(action_space.high)), jax.devices("cpu")[0]
+    version = f"envpool {importlib.metadata.version('envpool')}"  # which has a MuJoCo of its own within
+    return Simulator(reset, step, *obs_space.shape, *bounds, device, version)
+
+
+class EnvState(NamedTuple):
+    """The environments between two steps."""
+
+    simulator: Any  # the simulator's own state, threaded through the steps
+    obs: Array  # (num_envs, obs_dim)
+    done: Array  # the last step ended an episode, so the next one is the auto-reset
+    running: dict[str, Array]  # sums over the episodes under way: basic, addon, quantity, length, each (num_envs,)
+    finished: dict[str, Array]  # those of each environment's last episode; all 0 before there is one
+
+
+class Transitions(NamedTuple):
+    """A rollout; leading axes (num_steps, num_envs)."""
+
+    obs: Array  # before the step, not normalised; a rollout's has num_steps + 1 rows, the last one what came last
+    action: Array  # before squashing or clipping
+    basic_reward: Array
+    addon_reward: Array
+    terminated: Array
+    truncated: Array
+    valid: Array  # false on auto-reset steps: they ignore the action and are no transitions
+
+
+class Env(NamedTuple):
+    """A simulator's environments with an add-on task; their step is compiled for their device."""
+
+    reset: Callable  # () -> EnvState
+    step: Callable  # EnvState, action (num_envs, action_dim) before squashing or clipping -> EnvState, Transitions
+    action_dim: int
+    device: jax.Device
+
+
+def make_env(simulator: Simulator, task: AddonTask, squash: bool) -> Env:
+    """Put squashing, the add-on task and the sums of episodes before a simulator, whichever it is."""
+    low, high = simulator.low, simulator.high
+    if squash and not np.isfinite([low, high]).all():
+        raise StopRun("the environment's actions have no bounds, to which squashing could stretch; use --no-squash")
+
+    def reset():
+        state, obs = simulator.reset()
+        sums = dict.fromkeys(("basic", "addon", "quantity", "length"), np.zeros(len(obs), np.float32))
+        return jax.device_put(EnvState(state, obs, np.zeros(len(obs), bool), sums, sums), simulator.device)
+
+    def step(state, action):
+        bounded = low + (jnp.tanh(action) + 1) / 2 * (high - low) if squash else jnp.clip(action, low, high)
+        inner, obs, reward, terminated, truncated = simulator.step(state.simulator, bounded)
+        valid = ~state.done
+        reward, terminated, truncated = jnp.where(valid, reward, 0), terminated & valid, truncated & valid
+        quantity = jnp.where(valid, task.quantity(state.obs, bounded, obs), 0)
+        addon_reward = jnp.where(valid, task.coef * task.reward(quantity), 0)
+        step_sums = {"basic": reward, "addon": addon_reward, "quantity": quantity, "length": valid}
+        sums, done = jax.tree.map(jnp.add, state.running, step_sums), terminated | truncated
+        finished = jax.tree.map(lambda new, old: jnp.where(done, new, old), sums, state.finished)
+        running = jax.tree.map(lambda x: jnp.where(done, 0, x), sums)
+        transition = Transitions(state.obs, action, reward, addon_reward, terminated, truncated, valid)
+        return EnvState(inner, obs, done, running, finished), transition
+
+    return Env(reset, step, len(low), simulator.device)
+
+
+# ------------------------------------------------------------------------------ buffer and update
+
+
+# What the random numbers of a run are for; each use has seeds of its own.
+TRAINING, EVALUATION, NETWORKS, ROLLOUT, UPDATE, PLAY, REFILL = range(7)
+
+
+def seed_words(seed: int, use: int, iteration: int = 0, size: int = 2) -> np.ndarray:
+    """Random uint32 numbers (size,): environments' seeds or a key, independent for different arguments."""
+    return np.random.SeedSequence((seed, use, iteration)).generate_state(size)
+
+
+def wrap_key(words: Array) -> Array:
+    """A key for jax.random from seed_words, an argument of compiled functions, which thus serve every seed."""
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
+@partial(jax.jit, static_argnames=("env", "num_steps"))
+def rollout(env: Env, num_steps: int, policy: Policy, state: EnvState, key: Array) -> tuple[EnvState, Transitions]:
+    """Act with sampled actions for so many steps."""
+
+    def step(state, noise):
+        mean, log_std = action_distribution(policy, state.obs)
+        return env.step(state, mean + jnp.exp(log_std) * noise)
+
+    noise = jax.random.normal(wrap_key(key), (num_steps, len(state.obs), env.action_dim), jnp.float32)
+    state, transitions = lax.scan(step, state, noise)
+    return state, transitions._replace(obs=jnp.concatenate([transitions.obs, state.obs[None]]))
+
+
+class Buffer(NamedTuple):
+    """A ring of transitions."""
+
+    data: Experience  # leading axis capacity
+    count: Array  # transitions stored so far, overwritten ones, too
+
+
+@partial(jax.jit, static_argnames=("args", "obs_dim", "action_dim"))
+def empty_buffer(args: Args, obs_dim: int, action_dim: int) -> Buffer:
+    """A buffer for args.buffer_size transitions, or as many as there will be."""
+    capacity = min(args.buffer_size, args.total_timesteps)
+    obs, action, scalar = (jnp.zeros((capacity, *shape), jnp.float32) for shape in ((obs_dim,), (action_dim,), ()))
+    return Buffer(Experience(obs, action, scalar, obs, scalar > 0), jnp.int32(0))
+
+
+def store(buffer: Buffer, experience: Experience, valid: Array) -> Buffer:
+    """Write the transitions (num_steps, num_envs, ...) that are valid (num_steps, num_envs), and no others."""
+    capacity, valid = len(buffer.data.reward), valid.ravel()
+    place = (buffer.count + jnp.cumsum(valid) - 1) % capacity
+    place = jnp.where(valid, place, capacity)  # what is put beyond the end is dropped
+
+    def write(column, new):
+        return column.at[place].set(new.reshape(-1, *column.shape[1:]), mode="drop")
+
+    return Buffer(jax.tree.map(write, buffer.data, experience), buffer.count + valid.sum())
+
+
+@flax.struct.dataclass
+class SACState:
+    """What an iteration changes, but for the buffer."""
+
+    params: Any  # {"actor", "critic"}
+    target_params: Any  # of the critic
+    opt_state: dict[str, optax.OptState]  # {"actor", "critic"}
+    obs_stats: RunningStats
+    alpha: Array  # temperature, in units of reward per nat
+    num_updates: Array  # gradient steps so far
+    iteration: Array
+    actor: Actor = flax.struct.field(pytree_node=False)
+    critic: TwinCritic = flax.struct.field(pytree_node=False)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that this state has learned."""
+        return Policy(self.params["actor"], self.obs_stats, self.actor)
+
+
+def num_iterations(args: Args) -> int:
+    """How many times a run alternates rollouts and updates."""
+    return args.total_timesteps // (args.num_envs * args.num_steps)
+
+
+ADAM = optax.flatten(optax.scale_by_adam())  # all parameters as one vector, which is faster on a CPU
+
+
+@partial(jax.jit, static_argnames=("args", "alpha", "actor", "obs_dim"))
+def init_sac_state(args: Args, alpha: float, actor: Actor, obs_dim: int, key: Array) -> SACState:
+    """The state before the first iteration."""
+    critic = TwinCritic(args.critic_hidden_sizes, args.layer_norm)
+    actor_key, critic_key = jax.random.split(wrap_key(key))
+    obs, action = jnp.zeros(obs_dim, jnp.float32), jnp.zeros(actor.action_dim, jnp.float32)
+    params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs, action)}
+    opt_state = {name: ADAM.init(x) for name, x in params.items()}
+    obs_stats = RunningStats(obs, obs + 1, jnp.float32(1e-4))
+    counts = jnp.int32(0), jnp.int32(0)
+    return SACState(params, params["critic"], opt_state, obs_stats, jnp.float32(alpha), *counts, actor, critic)
+
+
+def descend(state: SACState, name: str, grads: Any, learning_rate: float) -> SACState:
+    """A step of Adam on the parameters of the actor or the critic."""
+    updates, opt_state = ADAM.update(grads, state.opt_state[name])
+    params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params[name], updates)
+    return state.replace(params=state.params | {name: params}, opt_state=state.opt_state | {name: opt_state})
+
+
+def gradient_step(
+    value: Callable, args: Args, state: SACState, batch: Experience, noise: Array
+) -> tuple[SACState, Metrics]:
+    """A step of SAC, whose soft value is value(q, obs, action, log_prob, alpha); noise (2, batch_size, action_dim)."""
+    target, log_prob = critic_target(value, args.gamma, state, batch, noise[0])
+    value_loss, grads = jax.value_and_grad(critic_loss)(state.params["critic"], state, batch, target)
+    remaining = 1 - state.iteration / num_iterations(args) if args.anneal_lr else 1.0
+    state = descend(state, "critic", grads, remaining * args.q_lr)
+
+    def improve_actor(state):
+        loss, grads = jax.value_and_grad(actor_loss)(state.params["actor"], value, state, batch.obs, noise[1])
+        # So that the metric's mean over all steps is the loss's over those of the policy.
+        return descend(state, "actor", grads, remaining * args.policy_lr), args.policy_frequency * loss
+
+    def move_target(state):
+        targets, critic = state.target_params, state.params["critic"]
+        return state.replace(target_params=jax.tree.map(lambda t, p: t + args.tau * (p - t), targets, critic))
+
+    due = state.num_updates % args.policy_frequency == 0
+    state, policy_loss = lax.cond(due, improve_actor, lambda state: (state, 0.0), state)
+    if args.target_network_frequency == 1:  # no branch, for which an accelerator would wait
+        state = move_target(state)
+    else:
+        due = state.num_updates % args.target_network_frequency == 0
+        state = lax.cond(due, move_target, lambda state: state, state)
+    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "td_target": target.mean()}
+    return state.replace(num_updates=state.num_updates + 1), metrics | {"batch_entropy": -log_prob.mean()}
+
+
+def learn(step: Callable, args: Args, state: SACState, buffer: Buffer, key: Array) -> tuple[SACState, Metrics]:
+    """An iteration's gradient steps, (state, batch, noise) -> (state, metrics), once args.learning_starts is reached.
+
+    The metrics are means over the steps, or 0 before there are any.
+    """
+    num_updates = round(args.num_envs * args.num_steps * args.updates_per_step)
+    index_key, noise_key = jax.random.split(wrap_key(key))
+    stored = jnp.clip(buffer.count, 1, len(buffer.data.reward))
+    index = jax.random.randint(index_key, (num_updates, args.batch_size), 0, stored)
+    noise = jax.random.normal(noise_key, (num_updates, 2, args.batch_size, state.actor.action_dim), jnp.float32)
+    batches = jax.tree.map(lambda column: column[index], buffer.data)
+
+    def improve(state):
+        state, metrics = lax.scan(lambda state, data: step(state, *data), state, (batches, noise))
+        return state, jax.tree.map(jnp.mean, metrics)
+
+    def wait(state):
+        return state, jax.tree.map(jnp.zeros_like, jax.eval_shape(improve, state)[1])
+
+    state, metrics = lax.cond(buffer.count >= args.learning_starts, improve, wait, state)
+    return state.replace(iteration=state.iteration + 1), metrics | {"param_norm": optax.tree.norm(state.params)}
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames="buffer")
+def soft_sac_update(
+    args: Args, state: SACState, buffer: Buffer, transitions: Transitions, key: Array
+) -> tuple[SACState, Buffer, Metrics]:
+    """One iteration of SAC on the reward omega r + r_R."""
+    obs, action, valid = transitions.obs[:-1], transitions.action, transitions.valid
+    log_prob = policy_log_prob(state.policy, obs, action)
+    reward = args.omega * transitions.basic_reward + transitions.addon_reward
+    buffer = store(buffer, Experience(obs, action, reward, transitions.obs[1:], transitions.terminated), valid)
+
+    def step(state, batch, noise):
+        def value(q, obs, action, log_prob, alpha):
+            return soft_value(q, log_prob, alpha)
+
+        state, metrics = gradient_step(value, args, state, batch, noise)
+        if args.auto_alpha:
+            target = -float(state.actor.action_dim) if args.target_entropy is None else args.target_entropy
+            alpha = adapted_temperature(state.alpha, metrics["batch_entropy"], target, args.q_lr)
+            state = state.replace(alpha=alpha)
+        return state, metrics
+
+    state = state.replace(obs_stats=merge_stats(state.obs_stats, obs, valid))
+    state, metrics = learn(step, args, state, buffer, key)
+    metrics |= {"entropy": -masked_mean(log_prob, valid), "alpha": state.alpha}
+    metrics |= {"basic_reward": masked_mean(transitions.basic_reward, valid)}
+    return state, buffer, metrics | {"addon_reward": masked_mean(transitions.addon_reward, valid)}
+
+
+# --------------------------------------------------------------------------------- train and main
+
+
+def train_off_policy(env: Env, update: Callable, args: Args, state: SACState, log: Callable) -> SACState:
+    """Alternate rollouts and updates, (state, buffer, transitions, key) -> (state, buffer, metrics).
+
+    log(iteration, state, metrics) hears of each iteration, counted from 1. A run that is resumed first fills its buffer
+    anew, up to args.learning_starts transitions at most, and learns nothing from these steps.
+    """
+    env_state, device = env.reset(), jax.devices()[0]
+    state, buffer = jax.device_put((state, empty_buffer(args, env_state.obs.shape[1], env.action_dim)), device)
+
+    def step(use, iteration, state, buffer, env_state):
+        policy, key = jax.device_put((state.policy, seed_words(args.seed, use, iteration)), env.device)
+        env_state, transitions = rollout(env, args.num_steps, policy, env_state, key)
+        transitions, key = jax.device_put((transitions, seed_words(args.seed, UPDATE, iteration)), device)
+        return env_state, *update(state, buffer, transitions, key)
+
+    start = int(jax.device_get(state.iteration))
+    steps = args.num_envs * args.num_steps
+    for i in range(-(-min(start * steps, args.learning_starts) // steps)):
+        env_state, _, buffer, _ = step(REFILL, start + i, state, buffer, env_state)
+    for iteration in range(start, num_iterations(args)):
+        env_state, state, buffer, metrics = step(ROLLOUT, iteration, state, buffer, env_state)
+        log(iteration + 1, state, metrics | jax.device_get(episode_metrics(env_state.finished)))
+    return state
+
+
+def main(args: Args, open_run: Callable) -> None:
+    """Train a policy; open_run is Run, below, or what stands for it in a copy: the log, and who keeps results."""
+    simulator = make_simulator(args.env_id, args.env_kwargs, env_seeds(args.seed, TRAINING, args.num_envs))
+    task = ADDON_TASKS[args.addon]._replace(coef=args.addon_coef)
+    actor = Actor(len(simulator.low), args.hidden_sizes, args.activation, state_dependent_std=True)
+    state = init_sac_state(args, args.alpha, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS))
+    with open_run(args, simulator, task, state) as run:
+        env = make_env(simulator, task, actor.squash)
+        state = train_off_policy(env, partial(soft_sac_update, args), args, run.state, run.write)
+    seeds = np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), 2)  # with either actions
+    eval_env = make_env(make_simulator(args.env_id, args.env_kwargs, seeds), task, actor.squash)
+    results = evaluate(eval_env, {"policy": state.policy}, args.omega, args.seed)
+    alpha = float(jax.device_get(state.alpha)) if args.auto_alpha else args.alpha
+    run.save_policy(state.policy, alpha, results["policy"])
+    run.finish(task.label, results)
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+ACTIONS = ("stochastic", "deterministic")
+Results = dict[str, dict[str, dict[str, np.ndarray]]]  # what evaluate returns
+
+
+def env_seeds(seed: int, use: int, num_envs: int) -> np.ndarray:
+    """Seeds of environments (num_envs,), below 2^31, as EnvPool wants them; use is TRAINING or EVALUATION."""
+    return seed_words(seed, use, size=num_envs) // 2
+
+
+@jax.jit
+def episode_metrics(finished: Metrics) -> Metrics:
+    """Means over the environments' last episodes, with episodes_seen, without which they are 0 and mean nothing."""
+    seen, per_step = finished["length"] > 0, finished["quantity"] / jnp.maximum(finished["length"], 1)
+    means = {name: masked_mean(x, seen) for name, x in (finished | {"quantity": per_step}).items()}
+    returns = {"basic_return": means["basic"], "addon_return": means["addon"]}
+    returns |= {"total_return": means["basic"] + means["addon"], "addon_quantity": means["quantity"]}
+    return returns | {"episode_length": means["length"], "episodes_seen": seen.sum()}
+
+
+@partial(jax.jit, static_argnames="env")
+def first_episodes(env: Env, policies: list[Policy], state: EnvState, key: Array) -> Metrics:
+    """Sums over each environment's first episode after a reset, those of EnvState and that of log pi.
+
+    Each policy has an equal share of the environments, half of it for each of ACTIONS, and the same noise.
+    """
+
+    def step(carry):
+        key, state, log_prob = carry
+        key, noise_key = jax.random.split(key)
+        shape = len(state.obs) // len(policies) // len(ACTIONS), env.action_dim
+        noise = jax.random.normal(noise_key, shape, jnp.float32)
+        noise = jnp.concatenate([noise, jnp.zeros_like(noise)])
+        actions, log_probs = [], []
+        for policy, obs in zip(policies, jnp.split(state.obs, len(policies)), strict=True):
+            mean, log_std = action_distribution(policy, obs)
+            actions.append(mean + jnp.exp(log_std) * noise)
+            log_probs.append(policy_log_prob(policy, obs, actions[-1]))
+        first = state.finished["length"] == 0
+        after, _ = env.step(state, jnp.concatenate(actions))
+        finished = jax.tree.map(lambda new, old: jnp.where(first, new, old), after.finished, state.finished)
+        return key, after._replace(finished=finished), log_prob + jnp.where(first, jnp.concatenate(log_probs), 0)
+
+    start = (wrap_key(key), state, jnp.zeros_like(state.finished["length"]))
+    _, state, log_prob = lax.while_loop(lambda carry: (carry[1].finished["length"] == 0).any(), step, start)
+    return state.finished | {"log_prob": log_prob}
+
+
+def evaluate(env: Env, policies: dict[str, Policy], omega: float, seed: int) -> Results:
+    """Play each policy with sampled and with deterministic actions, an episode in each environment of its share.
+
+    Returns: {policy: {"stochastic", "deterministic"}} -> {"objective", "total", "basic", "addon", "quantity", "length",
+    "log_prob"} -> array (episodes,); objective = omega basic + addon; total = basic + addon; quantity, and log_prob,
+    which is log pi of the actions in nats, are means over the episode's steps.
+    """
+    players, key = jax.device_get((list(policies.values()), seed_words(seed, PLAY)))
+    players, key = jax.device_put((players, key), env.device)
+    sums, shape = jax.device_get(first_episodes(env, players, env.reset(), key)), (len(policies), len(ACTIONS), -1)
+    columns = {name: np.float64(x).reshape(shape) for name, x in sums.items()}
+    columns |= {name: columns[name] / columns["length"] for name in ("quantity", "log_prob")}
+    columns["total"] = columns["basic"] + columns["addon"]
+    columns["objective"] = omega * columns["basic"] + columns["addon"]
+    return {
+        policy: {actions: {name: x[i, j] for name, x in columns.items()} for j, actions in enumerate(ACTIONS)}
+        for i, policy in enumerate(policies)
+    }
+
+
+# ----------------------------------------------------------------------------------- policy files
+
+
+def policy_tensors(policy: Policy) -> dict[str, Any]:
+    """A policy's arrays as a policy file has them (see priors/README.md): weights are (outputs, inputs)."""
+    params = flax.traverse_util.flatten_dict(policy.params["params"])
+    tensors = {".".join(path).replace("kernel", "weight"): x.T for path, x in params.items()}
+    return tensors | {"obs_mean": policy.obs_stats.mean, "obs_var": policy.obs_stats.var}
+
+
+def policy_digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    """SHA-256 over all that a policy file says, to find damage."""
+    digest = hashlib.sha256(json.dumps({**metadata, "sha256": ""}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].tobytes())
+    return digest.hexdigest()
+
+
+def policy_bytes(policy: Policy, args: Args, alpha: float, results: dict[str, dict], training: dict) -> bytes:
+    """A policy file (safetensors), with alpha, evaluate's results for the policy, and how it was trained."""
+    actor, sampled = policy.actor, results["stochastic"]
+    tensors = {name: np.ascontiguousarray(x) for name, x in policy_tensors(jax.device_get(policy)).items()}
+    metadata = {"format": "pt", "env_id": args.env_id, "alpha": str(alpha), "gamma": str(args.gamma)}
+    metadata |= {"squash": str(actor.squash).lower(), "hidden_sizes": json.dumps(actor.hidden_sizes)}
+    metadata |= {"activation": actor.activation, "obs_clip": str(actor.obs_clip)}
+    if actor.state_dependent_std:
+        metadata["log_std"] = actor.log_std_form
+    returns = {actions: f"{x['basic'].mean():.0f} ± {x['basic'].std():.0f}" for actions, x in results.items()}
+    metadata["returns"] = ", ".join(f"{actions} {text}" for actions, text in returns.items())
+    metadata["training"] = json.dumps(training, default=str)
+    # mean r - alpha mean log pi over the steps, r the objective's reward
+    soft_returns = sampled["objective"] - alpha * sampled["log_prob"] * sampled["length"]
+    metadata["survival_reward"] = str(soft_returns.sum() / sampled["length"].sum())
+    metadata["sha256"] = policy_digest(tensors, metadata)
+    return safetensors.numpy.save(tensors, metadata)
+
+
+# A copy for a project of your own may end here: README.md shows the few lines that then stand for Run and all below.
+
+# ----------------------------------------------------------------------------- run folder and log
+
+
+class Console(rich.console.Console):
+    """A terminal whose reader may go away: the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Say it once, where it can still be read."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("standard output is closed; the run goes on, and writes to its folder", file=sys.stderr, flush=True)
+
+
+CONSOLE = Console(highlight=False, soft_wrap=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file such that a crash leaves the old one or the new one, never half of one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def provenance(args: Args, simulator: str) -> dict[str, Any]:
+    """The arguments, and what else results depend on; without git, no commit."""
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
+    return {
+        "command": shlex.join(sys.argv),
+        "args": dataclasses.asdict(args),
+        "git_commit": git.stdout.strip() or None,
+        "packages": {"python": sys.version.split()[0]} | packages,
+        "simulator": simulator,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def load_checkpoint(run_dir: Path, template: Any) -> Any:
+    """Read a run's state, shaped like the template; StopRun if that fails. Its environments start anew."""
+    try:
+        state = flax.serialization.from_bytes(template, (run_dir / "checkpoint.msgpack").read_bytes())
+        trees = (flax.serialization.to_state_dict(tree) for tree in (state, template))
+        check_arrays(*(flax.traverse_util.flatten_dict(tree, sep=".") for tree in trees))
+    except Exception as error:  # a damaged file can fail in any way
+        raise StopRun(f"the checkpoint in {run_dir} cannot be used: {error}; start a new run") from None
+    anew = {name: x for name, x in vars(template).items() if name == "return_trace"}  # PPO's, of the episodes under way
+    return jax.tree.map(jnp.asarray, state).replace(**anew)
+
+
+SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy")  # if there are such metrics
+CAUSES = {  # of numbers that are not finite, in the order of what follows from what
+    "basic_reward": "the environment's own reward",
+    "addon_reward": "the reward of the add-on task {addon}, whose quantity or reward wants mending,",
+    "kl_to_prior": "log pi of the prior, whose deviation is too small or whose mean is too far away,",
+}
+
+
+class Run(contextlib.AbstractContextManager):
+    """A run's folder, and the log of its training: metrics.csv, TensorBoard (--track mirrors it), the terminal.
+
+    The folder is this process's as long as it lives. However the training ends, short of a kill, its last state whose
+    metrics are finite is in the folder.
+    """
+
+    def __init__(self, args: Args, simulator: Simulator, task: AddonTask, state: Any):
+        """Make the folder, or go on with that of --resume, whose rows after its state are dropped.
+
+        Raises: StopRun if it is not to be had, or if task, policy and simulator do not go together.
+        """
+        check_simulator(args, simulator, task, state)
+        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}".replace("/", "-")
+        self.folder, self.args, self.simulator = args.resume or args.runs_dir / name, args, simulator.version
+        if args.track:
+            start_tracking(args, self.folder.name)
+        if not args.resume:
+            make_folder(self.folder, args, provenance(args, simulator.version))
+        try:
+            lock = os.open(self.folder / "args.json", os.O_RDWR)  # NFS locks only what is open for writing
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = f"another process goes on with the run {self.folder}; wait for it, or start a new run"
+            raise StopRun(what) from None
+        self.state = load_checkpoint(self.folder, state) if args.resume else state
+        CONSOLE.print(f"{args.env_id} on {jax.devices()[0].device_kind}, run folder {self.folder}")
+        names = ("omega", "omega_prime", "alpha_hat", "survival_reward", "alpha", "ent_coef", "entropy")
+        weights = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        shown = (f"{k} = {x:.4g}" if isinstance(x, float) else f"{k} = {x}" for k, x in weights.items())
+        CONSOLE.print(f"add-on   {task.coef:g} x the reward on {task.label}\nweights  {', '.join(shown)}")
+
+        self.iteration_steps = args.num_envs * args.num_steps
+        self.total = args.total_timesteps - args.total_timesteps % self.iteration_steps
+        first_step, path = int(jax.device_get(self.state.iteration)) * self.iteration_steps, self.folder / "metrics.csv"
+        rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
+        rows = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= first_step]
+        write_atomic(path, "".join(",".join(row) + "\n" for row in rows).encode())
+        self.csv = path.open("a", buffering=1)
+        self.tensorboard = tensorboardX.SummaryWriter(str(self.folder), purge_step=first_step + 1)
+        self.bar = rich.progress.Progress(console=CONSOLE, refresh_per_second=2)
+        self.bar.disable = not (args.progress and CONSOLE.is_terminal)
+        self.task = self.bar.add_task("compiling", total=self.total, completed=first_step)
+        self.bar.start()
+        self.written_at = time.time()
+        self.start = self.written_at - (float(rows[-1][1]) if len(rows) > 1 else 0)  # of the clock, less interruptions
+        self.saved_at = self.next_report = self.next_line = self.signal = 0
+        self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, kind: Any, error: Any, *_: Any) -> None:
+        """Keep the last state."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.stop()
+        full = isinstance(error, OSError)  # a full disk, say: then the state before is the last good one
+        with contextlib.suppress(OSError) if full else contextlib.nullcontext():
+            self.save_checkpoint()
+            self.csv.close()
+            self.tensorboard.close()
+
+    def interrupt(self, number: int, _: Any) -> None:
+        """Let the first Ctrl-C, or a SIGTERM, end the run after the iteration under way, a second one at once."""
+        self.signal = number
+        signal.signal(number, self.handlers[number])
+
+    def save_checkpoint(self) -> None:
+        """Write the state, once what was logged until then is on the disk."""
+        self.csv.flush()
+        self.tensorboard.flush()
+        write_atomic(self.folder / "checkpoint.msgpack", flax.serialization.to_bytes(jax.device_get(self.state)))
+        self.saved_at = time.time()
+
+    def write(self, iteration: int, state: Any, metrics: Metrics) -> None:
+        """Log an iteration: a row always, the rest about every second, a plain line every ten, and all at the end.
+
+        Raises: StopRun if metrics are not finite, or after a signal.
+        """
+        metrics = jax.device_get(metrics)
+        if bad := [name for name, value in metrics.items() if not np.isfinite(value)]:
+            cause = next((text for name, text in CAUSES.items() if name in bad), None)
+            what = f"{cause.format(addon=getattr(self.args, 'addon', ''))} is" if cause else f"{', '.join(bad)} are"
+            what += f" not finite in iteration {iteration}; the state before it is in {self.folder}"
+            raise StopRun(what + ("" if cause else "; try a lower learning rate"), exit_code=1)
+        if metrics.pop("episodes_seen") == 0:
+            metrics |= {name: np.nan for name in metrics if name.endswith(("_return", "_quantity", "_length"))}
+        self.state, global_step = state, iteration * self.iteration_steps
+        now, last = time.time(), global_step >= self.total
+        speed, self.written_at = self.iteration_steps / (now - self.written_at), now
+        row = {"global_step": global_step, "elapsed_s": f"{now - self.start:.3f}", "steps_per_s": f"{speed:.0f}"}
+        row |= {name: f"{value:.6g}" for name, value in metrics.items()}
+        if not self.csv.tell():
+            print(*row, sep=",", file=self.csv)
+        print(*row.values(), sep=",", file=self.csv)
+        if now >= self.next_report or last or self.signal:
+            self.next_report = now + 1
+            self.report(global_step, speed, {name: x for name, x in metrics.items() if np.isfinite(x)})
+        if self.signal:
+            what = f"{signal.Signals(self.signal).name}: stopped, continue with: python {shlex.quote(sys.argv[0])}"
+            raise StopRun(f"{what} --resume {shlex.quote(str(self.folder))}", 128 + self.signal)
+        if now - self.saved_at >= self.args.checkpoint_interval:
+            self.save_checkpoint()
+
+    def report(self, global_step: int, speed: float, metrics: dict[str, np.ndarray]) -> None:
+        """Show an iteration in TensorBoard and on the terminal."""
+        for name, value in metrics.items():
+            self.tensorboard.add_scalar(name, value, global_step)
+        values = [f"{name.partition('_')[0]} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
+        text = " ".join([f"{speed:,.0f} steps/s", *values])
+        self.bar.update(self.task, completed=global_step, description=text)
+        if self.bar.disable and (time.time() >= self.next_line or global_step >= self.total):
+            self.next_line = time.time() + 10
+            CONSOLE.print(f"{global_step / self.total:4.0%}  {(self.total - global_step) / speed:5.0f} s left  {text}")
+
+    def save_policy(self, policy: Policy, alpha: float, results: dict[str, dict]) -> None:
+        """Write the policy file, with alpha and evaluate's results for this policy."""
+        data = policy_bytes(policy, self.args, alpha, results, provenance(self.args, self.simulator))
+        write_atomic(self.folder / "policy.safetensors", data)
+
+    def finish(self, quantity: str, results: Results) -> None:
+        """Draw, and write the evaluation, with which the run counts as complete; then show it."""
+        plot_learning_curve(self.folder)
+        statistics = {"mean": np.mean, "std": np.std, "episodes": np.ndarray.tolist}
+        content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
+        write_atomic(self.folder / "eval.json", json.dumps(content, indent=1).encode())
+        CONSOLE.print(results_table(quantity, results))
+        where = shlex.quote(str(self.folder))
+        CONSOLE.print(f"policy, metrics and curves are in {where}; to watch it: python enjoy.py {where} --window")
+
+
+def make_folder(folder: Path, args: Args, about: dict[str, Any]) -> None:
+    """Make a run's folder, with args.json, and prior.safetensors if there is a policy to begin with; StopRun if not."""
+    source = getattr(args, "prior", None) or getattr(args, "init_from", None)
+    try:
+        prior = source and source.read_bytes()
+        folder.mkdir(parents=True)
+        if prior:
+            write_atomic(folder / "prior.safetensors", prior)
+        write_atomic(folder / "args.json", json.dumps(about, indent=2, default=str).encode())
+    except OSError as error:
+        raise StopRun(f"cannot write to {folder}: {error.strerror}; choose another --runs-dir", 1) from None
+
+
+def start_tracking(args: Args, name: str) -> None:
+    """Begin a run of Weights & Biases, or go on with it; StopRun if that is not to be had."""
+    import wandb
+
+    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name}
+    try:
+        wandb.init(**where, resume="allow", config=vars(args), sync_tensorboard=True)
+    except Exception as error:  # a login, a name, a network
+        raise StopRun(f"--track: Weights & Biases does not start ({error}); see wandb login, WANDB_MODE", 1) from None
+
+
+def results_table(quantity: str, results: Results) -> rich.table.Table:
+    """Mean ± standard deviation over the episodes of each policy, with either actions; quantity is the add-on's."""
+    columns = {f"{policy}\n{actions}": x for policy, row in results.items() for actions, x in row.items()}
+    headers = (rich.table.Column(header, justify="right", no_wrap=True) for header in columns)
+    table = rich.table.Table("", *headers, box=rich.box.SIMPLE_HEAD)
+    for name, digits in {"objective": 0, "total": 0, "basic": 0, "addon": 0, "quantity": 3, "length": 0}.items():
+        cells = [f"{x[name].mean():.{digits}f} ± {x[name].std():.{digits}f}" for x in columns.values()]
+        table.add_row({"addon": "add-on", "quantity": quantity}.get(name, name), *cells)
+    return table
+
+
+def plot_learning_curve(run_dir: Path) -> None:
+    """Draw metrics.csv into learning_curve.png."""
+    import matplotlib.figure
+
+    data = np.atleast_1d(np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True))
+    shown = [name for name in SHOWN if name in data.dtype.names]
+    figure = matplotlib.figure.Figure(figsize=(3 * len(shown), 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        axes.plot(data["global_step"], data[name])
+        axes.set_title(name.replace("_", " "))
+    figure.supxlabel("environment steps")
+    figure.savefig(run_dir / "learning_curve.png", dpi=120)
+
+
+# ------------------------------------------------------------------------ checks and command line
+
+
+def choose_addon(args: Args) -> Args:
+    """The arguments with the name of an add-on task that the environment has; StopRun if there is none."""
+    choices = [name for name, task in ADDON_TASKS.items() if task.env in (args.env_id.rpartition("-v")[0], "")]
+    if args.addon == "default" and len(choices) == 1:
+        raise StopRun(f"{args.env_id} has no add-on task yet; add one to ADDON_TASKS, or give --addon none")
+    name = {"default": choices[0], "None": "none"}.get(args.addon, args.addon)
+    if name not in choices:
+        raise StopRun(f"--addon {name} is no task for {args.env_id}; choose from {', '.join(choices)}, or add your own")
+    return dataclasses.replace(args, addon=name)
+
+
+def check_simulator(args: Args, simulator: Simulator, task: AddonTask, state: Any) -> None:
+    """StopRun unless the policy fits the simulator, and the task can be computed: in NumPy, as in enjoy.py, and here.
+
+    NumPy knows an index that is out of range, and tracing knows what cannot be compiled.
+    """
+    ours, theirs = (len(state.obs_stats.mean), state.actor.action_dim), (simulator.obs_dim, len(simulator.low))
+    if ours != theirs:
+        what = "the policy has {} observations and {} actions, {} has {} and {}; change --env-id, or the policy"
+        raise StopRun(what.format(*ours, args.env_id, *theirs))
+    obs = np.tile(np.float32(jax.device_get(simulator.reset()[1])[0]), (2, 3, 1))  # so that t[7] is no t[..., 7]
+    action = np.tile(np.clip(np.zeros_like(simulator.low), simulator.low, simulator.high), (2, 3, 1))
+    try:
+        with np.errstate(all="ignore"):
+            reward = task.reward(task.quantity(obs, action, obs))
+        shape = jax.eval_shape(lambda s, a, t: task.reward(task.quantity(s, a, t)), obs, action, obs).shape
+        if not np.shape(reward) == shape == (2, 3):
+            raise ValueError(f"it has shape {np.shape(reward)} for observations of shape {obs.shape}")
+        if np.iscomplexobj(reward) or not np.isfinite(reward).all():
+            raise ValueError(f"it is {np.ravel(reward)[0]} for the first observation")
+    except Exception as error:  # a task is code of the user's
+        how = "use indices as in t[..., 3], operators, abs, and functions of xp, as xp.minimum; no if, min, float or np"
+        what = f"{getattr(args, 'addon', 'none')} cannot be computed: {type(error).__name__}"
+        raise StopRun(f"the add-on task {what}: {(str(error).splitlines() or [''])[0]}; {how}") from None
+
+
+def check_arrays(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """ValueError unless the arrays found are finite and have the names, shapes and types of those expected."""
+    for name in sorted(found.keys() | expected.keys()):
+        ours, theirs = (f"{x[name].dtype} {x[name].shape}" if name in x else "absent" for x in (found, expected))
+        if ours != theirs:
+            raise ValueError(f"{name} is {ours}; it should be {theirs}")
+        if not np.isfinite(found[name]).all():
+            raise ValueError(f"{name} has entries that are NaN or infinite")
+
+
+LIMITS = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs", "num_evals"), (1, np.inf))
+LIMITS |= dict.fromkeys(("eval_episodes", "batch_size", "policy_frequency", "target_network_frequency"), (1, np.inf))
+LIMITS |= dict.fromkeys(("learning_rate", "max_grad_norm", "clip_coef", "q_lr", "policy_lr"), (1e-30, np.inf))
+LIMITS |= dict.fromkeys(("addon_coef", "survival_reward", "target_entropy"), (-np.inf, np.inf))
+LIMITS |= {"seed": (0, 2**30 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "tau": (0, 1)}
+
+
+def check_flags(args: Args) -> None:
+    """StopRun if a flag cannot work, whatever the others are."""
+    for name, value in vars(args).items():
+        low, high = LIMITS.get(name, (0, np.inf))
+        if isinstance(value, int | float) and not (low <= value <= high and np.isfinite(value)):
+            raise StopRun(f"--{name.replace('_', '-')} is {value}; it must be finite and from {low:g} to {high:g}")
+        if name.endswith("hidden_sizes") and min(value or (1,)) < 1:
+            raise StopRun(f"--{name.replace('_', '-')} is {value}; every layer needs at least 1 unit")
+    try:
+        jax.devices("cpu"), jax.devices()  # the first is where EnvPool's environments run
+    except (RuntimeError, AssertionError) as error:
+        raise StopRun(f"JAX lacks a device ({error}); unset JAX_PLATFORMS, or let it name cpu, too") from None
+    steps = args.num_envs * args.num_steps
+    if args.total_timesteps < steps:
+        raise StopRun(f"--total-timesteps {args.total_timesteps} is less than one iteration, {steps} steps")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise StopRun("--track needs Weights & Biases; install it with: pip install wandb")
+
+
+def check_sac_args(args: Args) -> Args:
+    """The arguments; StopRun if flags cannot work, alone or together."""
+    check_flags(args)
+    steps = args.num_envs * args.num_steps
+    num_updates = steps * args.updates_per_step
+    if num_updates < 1 or abs(num_updates - round(num_updates)) > 1e-6:
+        what = (
+            f"--updates-per-step {args.updates_per_step} of an iteration's {steps} steps (--num-envs times --num-steps)"
+        )
+        raise StopRun(f"{what} makes {num_updates:g} gradient steps; choose a whole number of them, at least 1")
+    if min(args.buffer_size, args.total_timesteps) < max(steps, args.learning_starts):
+        what = f"--learning-starts {args.learning_starts} and an iteration's {steps} steps"
+        raise StopRun(f"{what} must fit into --buffer-size and --total-timesteps; lower it, or raise these")
+    if args.auto_alpha and args.alpha == 0:
+        raise StopRun("--auto-alpha multiplies the temperature, which --alpha 0 does not allow; start higher")
+    return args
+
+
+def resumed_args(args: Args) -> Args:
+    """The arguments, with --resume those of its run; StopRun if there is none to go on with."""
+    folder = args.resume
+    if not folder:
+        return args
+    if args != type(args)(resume=folder):
+        raise StopRun("--resume takes no other flag: the run goes on with the arguments it was started with")
+    try:
+        saved = json.loads((folder / "args.json").read_text())["args"]
+        if new := sorted(vars(args).keys() - saved.keys()):
+            CONSOLE.print(f"note     the run is older than these flags, which are at their defaults: {', '.join(new)}")
+        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        paths = {name: Path(saved[name]) for name in ("runs_dir", "export") if saved.get(name)}
+        paths |= {name: folder / "prior.safetensors" for name in ("prior", "init_from") if saved.get(name)}
+        resumed = type(args)(**(saved | paths | {"resume": folder}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StopRun(f"{folder} holds no run of {Path(__file__).name} to resume: {error}") from None
+    if (folder / "eval.json").exists():
+        raise StopRun(f"the run {folder} is complete; start a new one")
+    return resumed
+
+
+def stop(message: str, exit_code: int) -> None:
+    """End this process with one line."""
+    print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """End this process with one line for what the user, the machine or a signal did; leave faults of ours to Python."""
+    jax.config.update("jax_enable_x64", False)  # whatever JAX_ENABLE_X64 says
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ± or θ shows ?
+    threading.excepthook = lambda fault: print(f"the log: {fault.exc_value}", file=sys.stderr)  # as of a full disk
+    signal.signal(signal.SIGTERM, lambda *_: stop("SIGTERM", 128 + signal.SIGTERM))
+    try:
+        yield
+    except StopRun as error:
+        stop(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        stop("interrupted", 130)
+    except OSError as error:  # as of a full disk
+        stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(choose_addon(check_sac_args(resumed_args(tyro.cli(Args, description=__doc__)))), Run)
