@@ -18,6 +18,8 @@ import itertools
 import json
 import math
 import os
+import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +34,8 @@ import rich.progress
 import rich.table
 import safetensors.numpy
 import tyro
+
+xp = np  # what the line of a task calls it, as in the training scripts, where it is jax.numpy
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,12 @@ class Args:
     """take mean actions instead of sampled ones"""
     env_id: str | None = None
     """another version of the environment, as Hopper-v5; if not given, the one that the policy file names"""
+    env_kwargs: str | None = None
+    """keyword arguments of the environment, in JSON; if not given, those of the training"""
     addon: str | None = None
-    """add-on task, "none" for a zero reward; if not given, the run's, for a policy file the environment's own"""
+    """add-on task, "none" for a zero reward, "default" for the environment's own; if not given, that of the training"""
     addon_coef: float | None = None
-    """factor on the add-on reward; if not given, the run's, for a policy file 1"""
+    """factor on the add-on reward; if not given, that of the training"""
 
     # output
     json: Path | None = None
@@ -71,10 +77,10 @@ class Args:
 
 
 class StopRun(Exception):
-    """Ends the program with one line for the user; exit code 2: bad input, 1: diverged, 130: interrupted."""
+    """Ends the program with one line for the user; exit code 2: bad input, 1: a fault on the way, 128 + n: signal n."""
 
     def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message.replace("\n", " "))
+        super().__init__(message)
         self.exit_code = exit_code
 
 
@@ -82,56 +88,83 @@ class StopRun(Exception):
 
 
 class AddonTask(NamedTuple):
-    """An add-on reward, and the quantity of which it is a function, known from the observation that a step returns."""
+    """An add-on reward, and the quantity of which it is a function.
+
+    The quantity is a function of what a step knows: the observation s (..., obs_dim), the action a (..., action_dim) in
+    the environment's units, and the observation t that the step returned. What needs two actions (smoothness) or the
+    elapsed time is none, as the observation lacks it: the value of a state would not be defined. Use indices as in
+    t[..., 3], operators, abs, and functions of xp, as xp.minimum: jax.numpy in training, NumPy in enjoy.py.
+    """
 
     env: str  # the environment it is for, without the version
     label: str  # the quantity's name and unit
-    quantity: Callable  # obs (..., obs_dim) -> (...)
+    quantity: Callable  # s, a, t -> (...)
     reward: Callable  # quantity (...) -> (...)
     coef: float = 1.0
 
 
 # A task of your own is a line here. An environment's first task is its default.
 ADDON_TASKS = {
-    "half-cheetah-front-foot": AddonTask("HalfCheetah", "|θ| (rad)", lambda obs: abs(obs[..., 7]), lambda x: -10 * x),
-    "hopper-height": AddonTask("Hopper", "z (m)", lambda obs: obs[..., 0], lambda z: 10 * (z - 1)),
-    "ant-right": AddonTask("Ant", "-v_y (m/s)", lambda obs: -obs[..., 14], lambda v: v),
-    "swimmer-straight": AddonTask("Swimmer", "|θ| (rad)", lambda obs: abs(obs[..., 1]), lambda x: -0.5 * x),
-    "walker-upright": AddonTask("Walker2d", "|θ| (rad)", lambda obs: abs(obs[..., 1]), lambda x: -10 * x),
-    "humanoid-right": AddonTask("Humanoid", "-v_y (m/s)", lambda obs: -obs[..., 23], lambda v: v),
-    "none": AddonTask("", "–", lambda obs: 0 * obs[..., 0], lambda x: x),
+    "half-cheetah-front-foot": AddonTask("HalfCheetah", "|θ| (rad)", lambda s, a, t: abs(t[..., 7]), lambda x: -10 * x),
+    "half-cheetah-energy": AddonTask("HalfCheetah", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
+    "hopper-height": AddonTask("Hopper", "z (m)", lambda s, a, t: t[..., 0], lambda z: 10 * (z - 1)),
+    "ant-right": AddonTask("Ant", "-v_y (m/s)", lambda s, a, t: -t[..., 14], lambda v: v),
+    "ant-energy": AddonTask("Ant", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
+    "swimmer-straight": AddonTask("Swimmer", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -0.5 * x),
+    "walker-upright": AddonTask("Walker2d", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -10 * x),
+    "humanoid-right": AddonTask("Humanoid", "-v_y (m/s)", lambda s, a, t: -t[..., 23], lambda v: v),
+    "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
 }
 
 
-def recorded_task(run_dir: Path) -> tuple[str | None, float]:
-    """Name and coefficient of a run's add-on task, from its args.json; None: the environment's default task.
+def recorded_args(path: Path) -> dict[str, Any]:
+    """The arguments that a run, by its args.json, or a policy, by its file, was trained with; {} if that is not said.
 
     Raises: StopRun if args.json is missing or damaged.
     """
     try:
-        content = json.loads((run_dir / "args.json").read_text())
-        name, coef = content["args"].get("addon"), float(content["args"].get("addon_coef", 1))
-        if name is None and content.get("command", "").partition(".py")[0].endswith("soft_ppo"):
-            name = "none"  # its default
-        if not (name is None or name in ADDON_TASKS) or not math.isfinite(coef):
-            raise ValueError(f"it has the unknown add-on task {coef} x {name!r}; add it to ADDON_TASKS")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StopRun(f"{run_dir / 'args.json'} cannot be used: {error}; or give the policy file itself") from None
-    return name, coef
+        if path.is_dir():
+            return json.loads((path / "args.json").read_text())["args"] | {}
+        with safetensors.safe_open(path, "numpy") as file:
+            return json.loads(file.metadata().get("training", "{}")).get("args", {}) | {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        what = path / "args.json" if path.is_dir() else f"what {path} says of its training"
+        raise StopRun(f"{what} cannot be used: {error}; or give the policy file itself") from None
 
 
-def find_task(path: Path, env_id: str, name: str | None, coef: float | None) -> tuple[str, AddonTask]:
-    """An add-on task and its name: as named, else the run's, else the environment's default, else "none".
+def find_task(env_id: str, recorded: dict[str, Any], args: Args) -> tuple[str, AddonTask]:
+    """An add-on task and its name: as named, else as recorded, else the environment's default, else "none".
 
     Raises: StopRun if the environment has no such task.
     """
-    run_name, run_coef = recorded_task(path) if path.is_dir() else (None, 1.0)
     env = env_id.rpartition("-v")[0]
     choices = [key for key, task in ADDON_TASKS.items() if task.env == env] + ["none"]
-    name = name or run_name or choices[0]
+    name, known = recorded.get("addon"), not args.path.is_dir() and recorded.get("addon") == "none"
+    name = choices[0] if args.addon == "default" or name is None or known else name  # a prior knows of no add-on
+    name = {None: name, "None": "none", "default": choices[0]}.get(args.addon, args.addon)
     if name not in choices:
-        raise StopRun(f"{name} is no add-on task for {env_id}; give --addon one of {', '.join(choices)}, or add yours")
-    return name, ADDON_TASKS[name]._replace(coef=run_coef if coef is None else coef)
+        hint = f"give --addon one of {', '.join(choices)}, or add its line to ADDON_TASKS"
+        raise StopRun(f"{name} is no add-on task that is known here for {env_id}; {hint}")
+    coef = args.addon_coef if args.addon_coef is not None else recorded.get("addon_coef", 1.0)
+    return name, ADDON_TASKS[name]._replace(coef=coef)
+
+
+def check_task(name: str, task: AddonTask, obs: np.ndarray, action: np.ndarray) -> None:
+    """StopRun unless a task gives a finite number for an observation (obs_dim,) and an action (action_dim,)."""
+    obs, action = (np.tile(np.float32(x), (2, 3, 1)) for x in (obs, action))  # so that t[7] is no t[..., 7]
+    try:
+        with np.errstate(all="ignore"):
+            reward = task.reward(task.quantity(obs, action, obs))
+        if np.shape(reward) != (2, 3):
+            raise ValueError(f"it has shape {np.shape(reward)} for observations of shape {obs.shape}")
+        if np.iscomplexobj(reward) or not np.isfinite(reward).all():
+            raise ValueError(f"it is {np.ravel(reward)[0]} for the first observation")
+    except Exception as error:  # a task is code of the user's
+        how = (
+            "use indices as in t[..., 3], operators, abs, and functions of xp, as xp.minimum; no if, min, float or jnp"
+        )
+        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise StopRun(f"the add-on task {name} cannot be computed: {what}; {how}") from None
 
 
 # -------------------------------------------------------------------------------- policy files
@@ -273,10 +306,17 @@ def play(env: Any, policy: NumpyPolicy, addon: AddonTask, seed: int, determinist
     yield Episode(seed, basic, bonus, basic + bonus, quantity, length)
     while not done:
         noise = 0 if deterministic else rng.standard_normal(low.shape, np.float32)
-        obs, reward, terminated, truncated, _ = env.step(act(policy, obs.astype(np.float32), noise, low, high))
-        measured = float(addon.quantity(obs))
-        basic, bonus = basic + float(reward), bonus + addon.coef * addon.reward(measured)
-        quantity, length, done = quantity + measured, length + 1, terminated or truncated
+        before = obs.astype(np.float32)
+        action = act(policy, before, noise, low, high)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        measured = addon.quantity(before[None], action[None], obs.astype(np.float32)[None])
+        addon_reward = float(addon.reward(measured)[0])
+        if not math.isfinite(addon_reward):
+            raise StopRun(
+                f"the add-on reward on {addon.label} is {addon_reward} in step {length + 1}; mend the task", 1
+            )
+        basic, bonus = basic + float(reward), bonus + addon.coef * addon_reward
+        quantity, length, done = quantity + float(measured[0]), length + 1, terminated or truncated
         yield Episode(seed, basic, bonus, basic + bonus, quantity / length, length)
 
 
@@ -297,36 +337,76 @@ def play_all(env: Any, policies: list[NumpyPolicy], addon: AddonTask, args: Args
 NEEDS_EGL = "without a display, install EGL: apt-get install libegl1, and set MUJOCO_GL=egl"
 
 
-def make_gymnasium(env_id: str, policies: list[NumpyPolicy], window: bool = False, video: bool = False) -> Any:
-    """Gymnasium's environment; StopRun unless it exists, all policies are for it, and its window opens.
+class EnvPoolEnv:
+    """One environment of EnvPool's, for what Gymnasium does not have, with Gymnasium's reset and step."""
+
+    def __init__(self, env_id: str, kwargs: dict[str, Any]):
+        """Raises: ImportError without envpool, and what envpool.make raises."""
+        import envpool
+
+        self.make = lambda seed: envpool.make(env_id, env_type="gymnasium", num_envs=1, seed=seed, **kwargs)
+        self.pool = self.make(0)
+        self.observation_space, self.action_space = self.pool.observation_space, self.pool.action_space
+
+    def reset(self, seed: int = 0) -> tuple[np.ndarray, dict]:
+        """EnvPool takes a seed only when it makes an environment."""
+        self.pool = self.make(seed % 2**31)
+        return self.pool.reset()[0][0], {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Step."""
+        obs, reward, terminated, truncated, _ = self.pool.step(action[None].astype(self.action_space.dtype))
+        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
+
+    def close(self) -> None:
+        """Nothing is to be closed."""
+
+
+def make_gymnasium(
+    env_id: str, policies: list[NumpyPolicy], kwargs: dict[str, Any], window: bool = False, video: bool = False
+) -> Any:
+    """Gymnasium's environment, or else EnvPool's; StopRun unless it exists, all policies fit, and its window opens.
 
     The first one made decides how MuJoCo draws in this process: for a video, without a display if there is none.
     """
     if video and sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         os.environ.setdefault("MUJOCO_GL", "egl")
-    import gymnasium
-
     warnings.filterwarnings("ignore", message=".*is out of date")  # who plays v4 knows
     warnings.filterwarnings("ignore", module="glfw")  # what it warns of ends in a StopRun
-    if env_id not in gymnasium.registry:
-        raise StopRun(f"Gymnasium has no environment {env_id!r}; give --env-id another version of the policy's own")
     for policy in policies:
         if policy.env_id.rpartition("-v")[0] != env_id.rpartition("-v")[0]:
             raise StopRun(f"a policy for {policy.env_id} cannot play in {env_id}; change --env-id or the policy")
     try:
-        from mujoco.glfw import glfw
-
-        if window and not glfw.init():  # Gymnasium would crash the process
-            raise RuntimeError("--window needs a display, and there is none; --video FILE.mp4 needs none")
-        env = gymnasium.make(env_id, render_mode="human" if window else None, disable_env_checker=True)
-        env.reset()  # opens the window
-    except Exception as error:  # every drawing library fails in its own way
-        raise StopRun(f"Gymnasium cannot open {env_id} ({error}){f'; {NEEDS_EGL}' if video else ''}") from None
+        env = open_gymnasium(env_id, kwargs, window, video)
+    except StopRun as reason:
+        if window or video:
+            raise
+        try:
+            env = EnvPoolEnv(env_id, kwargs)
+        except Exception as error:  # each of its environments fails in its own way
+            raise StopRun(f"{reason}; nor can EnvPool ({type(error).__name__}: {error}); see --env-id") from None
     for policy in policies:
         shapes = policy.tensors["obs_mean"].shape, policy.layers[-1][1].shape
         if shapes != (theirs := (env.observation_space.shape, env.action_space.shape)):
             what = f"observations and actions have shapes {theirs[0]} and {theirs[1]}"
             raise StopRun(f"{env_id}'s {what}, the policy's {shapes[0]} and {shapes[1]}; change --env-id or the policy")
+    return env
+
+
+def open_gymnasium(env_id: str, kwargs: dict[str, Any], window: bool, video: bool) -> Any:
+    """Gymnasium's environment, reset once; StopRun if it or its window does not open."""
+    import gymnasium
+
+    try:
+        if window:
+            from mujoco.glfw import glfw
+
+            if not glfw.init():  # Gymnasium would crash the process
+                raise RuntimeError("--window needs a display, and there is none; --video FILE.mp4 needs none")
+        env = gymnasium.make(env_id, render_mode="human" if window else None, disable_env_checker=True, **kwargs)
+        env.reset()  # opens the window
+    except Exception as error:  # every drawing library fails in its own way
+        raise StopRun(f"Gymnasium cannot open {env_id} ({error}){f'; {NEEDS_EGL}' if video else ''}") from None
     return env
 
 
@@ -341,7 +421,8 @@ def open_renderer(env: Any, size: tuple[int, int]) -> Any:
         renderer.update_scene(env.unwrapped.data)
         renderer.render()
     except Exception as error:  # every drawing library fails in its own way
-        raise StopRun(f"--video cannot draw ({error}); {NEEDS_EGL}") from None
+        what = f"--video cannot draw pictures of --video-size {size[0]} {size[1]} ({error})"
+        raise StopRun(f"{what}; try a smaller size; {NEEDS_EGL}") from None
     return renderer
 
 
@@ -360,11 +441,10 @@ def video_frames(players: list[Iterator], envs: list[Any], renderer: Any, every:
             yield np.hstack(pictures)
 
 
-def record_video(policies: list[NumpyPolicy], addon: AddonTask, env_id: str, renderer: Any, args: Args) -> None:
-    """Record the first episode of each policy, side by side."""
+def record_video(policies: list[NumpyPolicy], addon: AddonTask, envs: list[Any], renderer: Any, args: Args) -> None:
+    """Record the first episode of each policy, each in an environment of its own, side by side."""
     import imageio
 
-    envs = [make_gymnasium(env_id, policies) for _ in policies]
     pairs = zip(envs, policies, strict=True)
     players = [play(env, policy, addon, args.seed, args.deterministic) for env, policy in pairs]
     if args.video_steps is not None:
@@ -388,7 +468,29 @@ def record_video(policies: list[NumpyPolicy], addon: AddonTask, env_id: str, ren
 # ---------------------------------------------------------------------------------------- main
 
 
-CONSOLE = rich.console.Console(highlight=False, soft_wrap=True)
+class Console(rich.console.Console):
+    """A terminal whose reader may go away: the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Say it once, where it can still be read."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("standard output is closed; going on without it", file=sys.stderr, flush=True)
+
+
+CONSOLE = Console(highlight=False, soft_wrap=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file such that a crash leaves the old one or the new one, never half of one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def results_table(results: list[list[Episode]], label: str, actions: str) -> rich.table.Table:
@@ -428,14 +530,24 @@ def check_flags(args: Args) -> None:
             raise StopRun(f"{flag} cannot write to the folder {path.parent}; create it, or name another")
 
 
+def parse_kwargs(text: str) -> dict[str, Any]:
+    """The environment's keyword arguments; StopRun if the text is no JSON object."""
+    try:
+        return dict(json.loads(text).items())
+    except (ValueError, AttributeError):
+        raise StopRun(f"--env-kwargs is {text}, which is no JSON object; write it as '{{\"name\": 1}}'") from None
+
+
 def main(args: Args) -> None:
     """Play, show and record."""
     check_flags(args)
     paths = [path for path in (args.path, args.against) if path]
     policies = [read_policy(path) for path in paths]
-    env_id = args.env_id or policies[0].env_id
-    task, addon = find_task(args.path, env_id, args.addon, args.addon_coef)
-    env = make_gymnasium(env_id, policies, args.window, args.video is not None)
+    env_id, recorded = args.env_id or policies[0].env_id, recorded_args(args.path)
+    task, addon = find_task(env_id, recorded, args)
+    kwargs = parse_kwargs(args.env_kwargs or recorded.get("env_kwargs", "{}"))
+    env = make_gymnasium(env_id, policies, kwargs, args.window, args.video is not None)
+    check_task(task, addon, env.reset(seed=args.seed)[0], env.action_space.sample())
     renderer = open_renderer(env, args.video_size) if args.video else None
 
     CONSOLE.print(
@@ -451,12 +563,13 @@ def main(args: Args) -> None:
         pairs = zip(paths, results, strict=True)
         played = [{"path": path, "episodes": [x._asdict() for x in episodes]} for path, episodes in pairs]
         content = {"settings": settings, "quantity": addon.label, "policies": played}
-        args.json.write_text(json.dumps(content, indent=1, default=str))
-        CONSOLE.print(f"every episode is in {args.json}")
+        write_atomic(args.json, json.dumps(content, indent=1, default=str).encode())
+        CONSOLE.print(f"every episode is in {shlex.quote(str(args.json))}")
     if args.video:
         CONSOLE.print("recording ...")  # which takes minutes without a GPU
-        record_video(policies, addon, env_id, renderer, args)
-        CONSOLE.print(f"the first episode is in {args.video}")
+        envs = [make_gymnasium(env_id, policies, kwargs) for _ in policies]
+        record_video(policies, addon, envs, renderer, args)
+        CONSOLE.print(f"the first episode is in {shlex.quote(str(args.video))}")
 
 
 def end(message: str, exit_code: int) -> None:
@@ -466,11 +579,13 @@ def end(message: str, exit_code: int) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ± or θ shows ?
+    signal.signal(signal.SIGTERM, lambda *_: end("SIGTERM", 128 + signal.SIGTERM))
     try:
         main(tyro.cli(Args, description=__doc__))
     except StopRun as error:
         end(str(error), error.exit_code)
     except OSError as error:  # as of a full disk
-        end(str(error), 2)
+        end(str(error), 1)
     except KeyboardInterrupt:
         end("interrupted", 130)

@@ -409,7 +409,7 @@ class AddonTask(NamedTuple):
     The quantity is a function of what a step knows: the observation s (..., obs_dim), the action a (..., action_dim) in
     the environment's units, and the observation t that the step returned. What needs two actions (smoothness) or the
     elapsed time is none, as the observation lacks it: the value of a state would not be defined. Use indices as in
-    t[..., 3], operators, abs, and functions of xp, as xp.minimum: it is jax.numpy here, and NumPy in enjoy.py.
+    t[..., 3], operators, abs, and functions of xp, as xp.minimum: jax.numpy in training, NumPy in enjoy.py.
     """
 
     env: str  # the environment it is for, without the version
@@ -469,7 +469,7 @@ def make_simulator(env_id: str, env_kwargs: str, seeds: np.ndarray) -> Simulator
         raise StopRun(f"EnvPool has no {env_id} with {env_kwargs} ({type(error).__name__}: {error}); {hint}") from None
     for what, space in {"observations": obs_space, "actions": action_space}.items():
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-            kind = f"{type(space).__name__} {getattr(space, 'shape', '')}".strip()
+            kind = " ".join([type(space).__name__, *([str(space.shape)] if space.shape else [])])
             raise StopRun(f"the {what} of {env_id} are {kind}, not vectors (Box); choose another --env-id")
     with jax.enable_x64(True):  # some of EnvPool's environments speak float64
         handle, _, _, xla_step = pool.xla()
@@ -874,7 +874,7 @@ class Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
         """Say it once, where it can still be read."""
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("standard output is closed; the run goes on, and writes to its folder", file=sys.stderr, flush=True)
+        print("standard output is closed; going on without it", file=sys.stderr, flush=True)
 
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
