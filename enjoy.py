@@ -371,8 +371,6 @@ def make_gymnasium(
     """
     if video and sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         os.environ.setdefault("MUJOCO_GL", "egl")
-    warnings.filterwarnings("ignore", message=".*is out of date")  # who plays v4 knows
-    warnings.filterwarnings("ignore", module="glfw")  # what it warns of ends in a StopRun
     for policy in policies:
         if policy.env_id.rpartition("-v")[0] != env_id.rpartition("-v")[0]:
             raise StopRun(f"a policy for {policy.env_id} cannot play in {env_id}; change --env-id or the policy")
@@ -397,6 +395,8 @@ def open_gymnasium(env_id: str, kwargs: dict[str, Any], window: bool, video: boo
     """Gymnasium's environment, reset once; StopRun if it or its window does not open."""
     import gymnasium
 
+    warnings.filterwarnings("ignore", message=".*is out of date")  # who plays v4 knows
+    warnings.filterwarnings("ignore", module="glfw")  # what it warns of ends in a StopRun
     try:
         if window:
             from mujoco.glfw import glfw
