@@ -881,7 +881,7 @@ def publish(snapshot: Path, export: Path) -> None:
         copy.unlink(missing_ok=True)
 
 
-# A copy for a project of your own may end here: README.md shows the few lines that then stand for Run and all below.
+# A copy for a project of your own may end here; CONTRIBUTING.md shows the few lines that then stand for all below.
 
 # ----------------------------------------------------------------------------- run folder and log
 

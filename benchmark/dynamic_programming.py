@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "mirror_descent"))
 import mirror_descent_vi as vi  # noqa: E402
 
 

@@ -36,19 +36,24 @@ class Args:
 
 def ours(connection: Connection, args: Args, env_id: str, num_envs: int, updates_per_step: float) -> None:
     """soft_sac.py's own main."""
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(ROOT / "residual_q_learning"))
     import rich.console
 
     import soft_sac
 
     soft_sac.CONSOLE = rich.console.Console(file=open(os.devnull, "w"), force_terminal=True, width=120)  # noqa: SIM115
     turns, train = Turns(connection, args.seconds, BEFORE), soft_sac.train_off_policy
-    soft_sac.train_off_policy = lambda *given: train(*given, after=lambda _: turns(NUM_ENVS * NUM_STEPS))
+
+    def measure(*given):
+        *given, log = given
+        train(*given, lambda *logged: (log(*logged), turns(NUM_ENVS * NUM_STEPS)))
+
+    soft_sac.train_off_policy = measure
     with tempfile.TemporaryDirectory() as folder:
         flags = {"env_id": env_id, "num_envs": num_envs, "num_steps": NUM_STEPS, "hidden_sizes": WIDTHS}
         flags |= {"critic_hidden_sizes": WIDTHS, "batch_size": BATCH_SIZE, "policy_frequency": POLICY_FREQUENCY}
         flags |= {"learning_starts": LEARNING_STARTS, "updates_per_step": updates_per_step, "runs_dir": Path(folder)}
-        soft_sac.main(soft_sac.Args(**flags, total_timesteps=10**9))
+        soft_sac.main(soft_sac.Args(**flags, total_timesteps=10**9), soft_sac.Run)
 
 
 def peer(connection: Connection, args: Args, env_id: str, num_envs: int, updates_per_step: float) -> None:

@@ -124,8 +124,8 @@ def script(
     """A script's own main up to its training loop, and then that loop (part "training") or a part of it.
 
     The parts "rollout" and "update" repeat the first that the loop asks for.  The part "training without logs" leaves
-    out what is not learning: progress bar, logs, and checkpoints.  The script may be an older one; it needs
-    a train with the parameters update, args and after, and a rollout that ends in the parameters state and iteration.
+    out what is not learning: progress bar, logs, and checkpoints.  The script may be of another commit; it needs a
+    train with the parameters update, args and log, and a rollout that ends in the parameters state and key.
     """
     import jax
     import rich.console
@@ -140,10 +140,9 @@ def script(
         batch_size, update = arguments["args"].num_envs * arguments["args"].num_steps, arguments["update"]
 
         def rollouts(*fixed_and_start):
-            *fixed, env_state, iteration = fixed_and_start
+            *fixed, env_state, key = fixed_and_start
             while True:
-                env_state, _ = jax.block_until_ready(rollout(*fixed, env_state, iteration))
-                iteration += 1
+                env_state, _ = jax.block_until_ready(rollout(*fixed, env_state, key))
                 turns(batch_size)
 
         def updates(*inputs):
@@ -156,10 +155,8 @@ def script(
         elif part == "update":
             arguments["update"] = updates
         else:
-            arguments["after"] = lambda _: turns(batch_size)
-        if part == "training without logs":
-            module.save_checkpoint = lambda *_: None
-            module.RunLog.write = lambda *_: None
+            log = (lambda *_: None) if part == "training without logs" else arguments["log"]
+            arguments["log"] = lambda *given: (log(*given), turns(batch_size))
         train(**arguments)
 
     module.train = measure
@@ -170,7 +167,10 @@ def script(
             flags["prior"] = root / "priors" / f"{env_id}.safetensors"
         if name == "train_prior_ppo":
             flags["export"] = Path(folder) / "prior.safetensors"
-        module.main(module.Args(**flags))
+        given = module.check_args(module.Args(**flags))
+        for step in ("choose_addon", "find_prior", "check_start", "check_export"):  # as the script's last lines do
+            given = getattr(module, step, lambda x: x)(given)
+        module.main(given, module.Run)
 
 
 def peer(connection: Connection, args: Args, env_id: str, num_envs: int, name: str) -> None:

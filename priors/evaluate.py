@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 PRIORS = Path(__file__).resolve().parent
-sys.path.insert(0, str(PRIORS.parent))
+sys.path[:0] = [str(PRIORS.parent), str(PRIORS.parent / "residual_q_learning")]
 import enjoy  # noqa: E402
 import residual_ppo as rpg  # noqa: E402
 
@@ -37,17 +37,16 @@ class Args:
 
 def envpool_results(policy: rpg.Policy, env_id: str, args: Args) -> dict[str, dict[str, np.ndarray]]:
     """{"stochastic", "deterministic"} -> {"basic", ...} -> (episodes,), in the simulator of the training."""
-    addon = rpg.choose_addon(None, env_id, 1.0)
-    seeds = np.tile(rpg.env_seeds(args.seed, 1, args.episodes), 2)  # with either actions
-    return rpg.evaluate(rpg.make_env(env_id, addon, policy.actor.squash, seeds), {"prior": policy}, None, args.seed)[
-        "prior"
-    ]
+    task = next(task for task in rpg.ADDON_TASKS.values() if task.env in (env_id.rpartition("-v")[0], ""))
+    simulator = rpg.make_simulator(env_id, "{}", np.tile(rpg.env_seeds(args.seed, rpg.EVALUATION, args.episodes), 2))
+    env = rpg.make_env(simulator, task, policy.actor.squash)  # half of them for either actions
+    return rpg.evaluate(env, {"prior": policy}, 1.0, args.seed)["prior"]
 
 
 def gymnasium_returns(path: Path, env_id: str, deterministic: bool, args: Args) -> np.ndarray:
     """Returns (episodes,) of the basic reward in Gymnasium's own environment, by the reader that knows no JAX."""
     policy, addon = enjoy.read_policy(path), enjoy.ADDON_TASKS["none"]
-    env = enjoy.make_gymnasium(env_id, [policy])
+    env = enjoy.make_gymnasium(env_id, [policy], {})
     flags = enjoy.Args(path, episodes=args.episodes, seed=args.seed, deterministic=deterministic)
     (episodes,) = enjoy.play_all(env, [policy], addon, flags)
     env.close()
@@ -93,7 +92,7 @@ def main(args: Args) -> None:
     rows, recipes = [HEADER, ["---"] * len(HEADER)], []
     for path in sorted(PRIORS.glob("*.safetensors")):
         env_id = path.stem.removesuffix("-sac")
-        policy, metadata = rpg.load_policy(path, env_id)
+        policy, metadata = rpg.load_policy(path)
         numbers = [f"{float(metadata[x]):.4g}" if x in metadata else "–" for x in NUMBERS.values()]
         for actions, results in envpool_results(policy, env_id, args).items():
             other = gymnasium_returns(path, env_id, actions == "deterministic", args)

@@ -890,7 +890,7 @@ def load_policy(path: Path) -> tuple[Policy, dict[str, str]]:
     return Policy({"params": flax.traverse_util.unflatten_dict(params)}, stats, actor), metadata
 
 
-# A copy for a project of your own may end here: README.md shows the few lines that then stand for Run and all below.
+# A copy for a project of your own may end here; CONTRIBUTING.md shows the few lines that then stand for all below.
 
 # ----------------------------------------------------------------------------- run folder and log
 

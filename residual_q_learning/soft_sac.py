@@ -848,7 +848,7 @@ def policy_bytes(policy: Policy, args: Args, alpha: float, results: dict[str, di
     return safetensors.numpy.save(tensors, metadata)
 
 
-# A copy for a project of your own may end here: README.md shows the few lines that then stand for Run and all below.
+# A copy for a project of your own may end here; CONTRIBUTING.md shows the few lines that then stand for all below.
 
 # ----------------------------------------------------------------------------- run folder and log
 

@@ -47,7 +47,8 @@ def own_script(args: Args) -> list[dict[str, float]]:
             speed = (steps_1 - steps_0) / (seconds_1 - seconds_0)
             steps = int(steps_1 + 0.98 * speed * (60 * minutes - seconds_1))
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(ROOT / args.algorithm), "--env-id", args.env_id, "--seed", str(args.seed)]
+            path = ROOT / ("residual_q_learning" if args.algorithm == "soft_sac.py" else "") / args.algorithm
+            command = [sys.executable, str(path), "--env-id", args.env_id, "--seed", str(args.seed)]
             command += ["--total-timesteps", str(max(steps, unit // 2)), "--no-progress", "--runs-dir", folder]
             subprocess.run(command, check=True, capture_output=True, text=True)
             (run_dir,) = Path(folder).iterdir()

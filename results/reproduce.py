@@ -247,7 +247,8 @@ def run_script(setting: Setting, seed: int, smoke: bool) -> dict[str, object]:
     small = SMOKE_FLAGS + (" --learning-starts 128" if setting.script.endswith("sac") else " --num-minibatches 4")
     flags = ["--env-id", setting.env_id, "--seed", str(seed), *setting.flags.split(), *(small.split() if smoke else ())]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / f"{setting.script}.py"), *flags, "--no-progress", "--runs-dir", folder]
+        path = ROOT / ("residual_q_learning" if setting.script.endswith("sac") else "") / f"{setting.script}.py"
+        command = [sys.executable, str(path), *flags, "--no-progress", "--runs-dir", folder]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         (run_dir,) = Path(folder).iterdir()
         results = json.loads((run_dir / "eval.json").read_text())
