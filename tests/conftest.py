@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,6 +23,7 @@ import safetensors.numpy
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train_prior_ppo", "soft_ppo", "residual_ppo")
 SAC_SCRIPTS = ("soft_sac", "residual_sac")
+FOLDERS = ("", "residual_q_learning", "mirror_descent")  # of the scripts
 BATCH = ("--num-envs", "8", "--num-steps", "16", "--num-minibatches", "4")
 SHORT = (*BATCH, "--total-timesteps", "1024", "--eval-episodes", "2")  # 8 iterations of 128 steps
 PENDULUM = ("--env-id", "InvertedPendulum-v4", *SHORT)
@@ -58,9 +60,22 @@ class Run(NamedTuple):
     folder: Path | None
 
 
+def script_path(name: str) -> Path:
+    """Where a script is, in whichever folder."""
+    return next(path for folder in FOLDERS if (path := ROOT / folder / f"{name}.py").exists())
+
+
+def run_main(script: ModuleType, args: Any) -> None:
+    """What a script does with its arguments, in this process."""
+    first, last = ("resumed_args", "check_args", "check_sac_args"), ("check_start", "find_prior", "check_export")
+    for step in (*first, "choose_addon", *last):  # those that it has
+        args = getattr(script, step, lambda args: args)(args)
+    script.main(args, script.Run)
+
+
 def start_script(name: str, *flags: object, **popen: object) -> subprocess.Popen:
     """Start a script in a process of its own."""
-    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
+    command = [sys.executable, str(script_path(name)), *map(str, flags)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
 
 

@@ -139,7 +139,7 @@ def test_residual_optimum_equals_full_task_optimum_if_truncations_are_bootstrapp
     terminated[:, :, -1] = truncated[..., 1] = True
 
     # The soft backup holds the entropy, so that alpha_hat is 0 in the reward.
-    residual_reward = residual_ppo.residual_reward(addon_reward, prior_log_prob, 0.0, OMEGA_PRIME, 0.0)
+    residual_reward = residual_ppo.residual_reward(addon_reward, prior_log_prob, 0.0, 0.0, OMEGA_PRIME, 0.0)
     right = soft_value_iteration_by_gae(residual_reward, ALPHA_HAT, weight, terminated, truncated)
     np.testing.assert_allclose(right, full_task_optimum, atol=1e-11)
 
@@ -185,7 +185,7 @@ def test_shaping_hidden_in_log_pi_leaves_every_advantage_as_it_is(seed):
 
     visited = np.minimum(state[:-1], NUM_STATES - 1), action
     full_reward = OMEGA * reward + addon_reward - ALPHA_HAT * log_prob
-    residual_reward = residual_ppo.residual_reward(addon_reward, prior_log_prob, log_prob, OMEGA_PRIME, ALPHA_HAT)
+    residual_reward = residual_ppo.residual_reward(addon_reward, prior_log_prob, log_prob, 0.0, OMEGA_PRIME, ALPHA_HAT)
     residual_critic = critic - OMEGA * np.append(prior_value, 7.0)
     ends = terminated, truncated
     full = gae(full_reward[visited], critic[state], *ends, GAMMA, 0.95)
@@ -207,7 +207,7 @@ def test_equal_omega_prime_and_alpha_hat_give_the_kl_regularised_objective(seed)
     initial = rng.dirichlet(np.ones(NUM_STATES))
     policy, log_policy = softmax_policy(rng.normal(size=(NUM_STATES, NUM_ACTIONS)))
     prior, log_prior = softmax_policy(rng.normal(size=(NUM_STATES, NUM_ACTIONS)))
-    reward = np.asarray(residual_ppo.residual_reward(addon_reward, log_prior, log_policy, beta, beta))
+    reward = np.asarray(residual_ppo.residual_reward(addon_reward, log_prior, log_policy, 0.0, beta, beta))
     kl = rel_entr(policy, prior).sum(-1, keepdims=True)
     expected = objective(probability, addon_reward - beta * kl, policy, initial)
     np.testing.assert_allclose(objective(probability, reward, policy, initial), expected, rtol=1e-12)
@@ -224,7 +224,7 @@ def test_residual_q_learning_has_the_same_optimum(seed):
         q = addon_reward + GAMMA * probability @ next_value
     residual_q_policy = log_softmax((q + OMEGA_PRIME * prior_log_prob) / ALPHA_HAT, axis=-1)
 
-    residual_reward = residual_ppo.residual_reward(addon_reward, prior_log_prob, 0.0, OMEGA_PRIME, 0.0)
+    residual_reward = residual_ppo.residual_reward(addon_reward, prior_log_prob, 0.0, 0.0, OMEGA_PRIME, 0.0)
     optimum, _ = soft_optimum(probability, np.asarray(residual_reward), ALPHA_HAT)
     np.testing.assert_allclose(residual_q_policy, optimum, atol=1e-12)
 
@@ -244,7 +244,7 @@ def test_no_gradient_flows_through_the_log_probabilities_of_the_reward(reward_ki
     def reward(params):
         if reward_kind == "soft":
             return soft_ppo.soft_reward(addon_reward, log_prob(params), 0.1)
-        return residual_ppo.residual_reward(addon_reward, 2 * log_prob(params), log_prob(params), 0.3, 0.1)
+        return residual_ppo.residual_reward(addon_reward, 2 * log_prob(params), log_prob(params), 0.0, 0.3, 0.1)
 
     reward_gradient, gradient = jax.jit(jax.jacrev(lambda p: (reward(p).sum(), log_prob(p).sum())))(params)
     assert all((g == 0).all() for g in jax.tree.leaves(reward_gradient))
@@ -281,9 +281,10 @@ def survival_optimum(probability, reward):
 def residual_optimum(worlds, prior_log_prob, omega, survival_reward=0.0):
     """log pi of the soft optimum of r_R + omega' log pi and the termination reward, where episodes end."""
     terminated = worlds.ending.sum(-1) == 0
-    reward = residual_ppo.residual_reward(worlds.addon_reward, prior_log_prob, 0.0, omega * SURVIVAL_ALPHA, 0.0)
-    termination = residual_ppo.termination_reward(terminated, survival_reward, SURVIVAL_GAMMA)
-    return survival_optimum(worlds.ending, np.asarray(reward + omega * termination))
+    end = residual_ppo.termination_reward(terminated, omega * survival_reward, SURVIVAL_GAMMA)
+    weights = omega * SURVIVAL_ALPHA, 0.0
+    reward = residual_ppo.residual_reward(worlds.addon_reward, prior_log_prob, 0.0, end, *weights)
+    return survival_optimum(worlds.ending, np.asarray(reward))
 
 
 def soft_value(worlds, omega, log_policy):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
-from conftest import ROOT
+from conftest import ROOT, script_path
 
 import mirror_descent_vi as vi
 
@@ -512,7 +512,7 @@ def test_bad_flags_are_refused_in_one_line(what, tmp_path):
 def test_command_line_ends_with_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for flags in (("--gamma", "1"), ("--runs-dir", "file")):
-        command = [sys.executable, str(ROOT / "mirror_descent_vi.py"), *flags]
+        command = [sys.executable, str(script_path("mirror_descent_vi")), *flags]
         process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert process.returncode == 2
         assert process.stderr.startswith("mirror_descent_vi.py: ") and process.stderr.count("\n") == 1
@@ -520,7 +520,7 @@ def test_command_line_ends_with_one_line_and_exit_code_2(tmp_path):
 
 
 def test_script_has_at_most_450_lines():
-    assert (ROOT / "mirror_descent_vi.py").read_text().count("\n") <= 450
+    assert script_path("mirror_descent_vi").read_text().count("\n") <= 450
 
 
 def test_benchmark_measures_the_same_iterations_in_numpy():

@@ -29,10 +29,16 @@ PPO = {
     "gamma": 0.99,
 }
 ARGS = residual_ppo.Args(**PPO, omega=0.5, omega_prime=0.2, alpha_hat=0.3, survival_reward=0.0)
+KEY = residual_ppo.seed_words(1, residual_ppo.UPDATE)
 gae = jax.jit(residual_ppo.gae)
 discounted_sum = jax.jit(residual_ppo.discounted_sum, static_argnames="reverse")
 merge_stats = jax.jit(residual_ppo.merge_stats)
-ppo_update = partial(jax.jit(residual_ppo.ppo_update, static_argnames=("loss", "args")), residual_ppo.ppo_loss)
+jitted_ppo_update = jax.jit(residual_ppo.ppo_update, static_argnames=("loss", "args"))
+
+
+def ppo_update(args, state, transitions, reward):
+    """An iteration on a reward."""
+    return jitted_ppo_update(residual_ppo.ppo_loss, args, state, transitions, reward, KEY)
 
 
 @pytest.fixture
@@ -44,7 +50,7 @@ def float64():
 
 def random_params(seed, scale=1.0):
     """Parameters of ACTOR and CRITIC, all of them random, in float32."""
-    shapes = jax.eval_shape(lambda: residual_ppo.init_state(ARGS, ACTOR, OBS_DIM)).params
+    shapes = jax.eval_shape(lambda: residual_ppo.init_state(ARGS, ACTOR, OBS_DIM, KEY)).params
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: np.float32(scale * rng.normal(size=x.shape)), shapes)
 
@@ -261,7 +267,7 @@ def test_discounted_returns_sum_the_past_of_each_episode(seed):
 def test_merge_stats_equals_numpy_on_all_valid_data():
     """In float32, far from 0: mean 1000, deviation 1; the initial statistics weigh as 1e-4 of an observation."""
     rng = np.random.default_rng(0)
-    stats = residual_ppo.init_state(ARGS, ACTOR, OBS_DIM).obs_stats
+    stats = residual_ppo.init_state(ARGS, ACTOR, OBS_DIM, KEY).obs_stats
     seen = []
     for _ in range(60):
         data = np.float32(rng.normal([1000, -3], [1, 100], size=(8, 4, OBS_DIM)))
@@ -306,9 +312,20 @@ def whole_minibatch(batch, norm_adv=True):
     return jax.tree.map(lambda x: x[0], residual_ppo.make_minibatches(batch, np.arange(len(batch.valid)), 1, norm_adv))
 
 
+def coefficients(loss, args):
+    """Those that a loss takes."""
+    names = ("clip_coef", "clip_vloss", "vf_coef", *(("ent_coef",) if loss is soft_ppo.entropy_bonus_loss else ()))
+    return {name: getattr(args, name) for name in names}
+
+
 def jitted_loss_and_gradient(loss):
     """(params, batch, weight, actor, critic, args) -> (loss, metrics), gradient."""
-    return jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(3, 4, 5))
+
+    def loss_and_gradient(params, batch, weight, actor, critic, args):
+        compute = jax.value_and_grad(partial(loss, **coefficients(loss, args)), has_aux=True)
+        return compute(params, batch, weight, actor, critic)
+
+    return jax.jit(loss_and_gradient, static_argnums=(3, 4, 5))
 
 
 def numpy_ppo_loss(params, batch, args):
@@ -430,8 +447,11 @@ def bonus_and_gradient(params, batch, weight, actor, args):
     """What entropy_bonus_loss adds to ppo_loss, and the gradient of it for the actor."""
 
     def bonus(params):
-        with_bonus, _ = soft_ppo.entropy_bonus_loss(params, batch, weight, actor, CRITIC, args)
-        return with_bonus - soft_ppo.ppo_loss(params, batch, weight, actor, CRITIC, args)[0]
+        with_bonus, without = (
+            loss(params, batch, weight, actor, CRITIC, **coefficients(loss, args))[0]
+            for loss in (soft_ppo.entropy_bonus_loss, soft_ppo.ppo_loss)
+        )
+        return with_bonus - without
 
     value, gradient = jax.jit(jax.value_and_grad(bonus))(params)
     return value, gradient["actor"]["params"]
@@ -544,7 +564,7 @@ def random_rollout(seed, state):
 @pytest.fixture(scope="module")
 def first_state():
     """A state before the first iteration."""
-    return residual_ppo.init_state(ARGS, ACTOR, OBS_DIM).replace(params=random_params(8, 0.5))
+    return residual_ppo.init_state(ARGS, ACTOR, OBS_DIM, KEY).replace(params=random_params(8, 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -567,7 +587,12 @@ def assert_same(tree, other):
 
 def soft_update(args, state, transitions):
     """soft_ppo's iteration on 0.7 r + r_R at temperature 0.2."""
-    return soft_ppo.soft_update(soft_ppo.ppo_loss, 0.7, 0.2, args, state, transitions)
+    return soft_ppo.soft_update(soft_ppo.ppo_loss, 0.7, 0.2, args, state, transitions, KEY)
+
+
+def residual_update(args, prior, state, transitions):
+    """residual_ppo's iteration."""
+    return residual_ppo.residual_update(args, prior, state, transitions, KEY)
 
 
 def updates(prior):
@@ -575,8 +600,8 @@ def updates(prior):
     from_scratch = dataclasses.replace(ARGS, init_from_prior=False)
     return {
         "soft": partial(soft_update, soft_ppo.Args(**PPO)),
-        "residual": partial(residual_ppo.residual_update, ARGS, prior),
-        "residual from scratch": partial(residual_ppo.residual_update, from_scratch, prior),
+        "residual": partial(residual_update, ARGS, prior),
+        "residual from scratch": partial(residual_update, from_scratch, prior),
     }
 
 
@@ -662,7 +687,7 @@ def test_a_policy_that_starts_as_the_prior_keeps_the_priors_normaliser(first_sta
 def test_an_iteration_learns_from_its_reward_alone(first_state, other_policy, squash):
     """Which NumPy computes: omega r + r_R - alpha log pi_theta, and r_R + omega' log pi - alpha_hat log pi_theta.
 
-    A termination costs omega, where there is one, times what survival earns in the future. Reported: entropy and KL.
+    A termination costs omega times what survival earns in the future. Reported: entropy and KL.
     """
     actor = dataclasses.replace(ACTOR, squash=squash)
     state, prior = first_state.replace(actor=actor), other_policy.replace(actor=actor)
@@ -679,12 +704,10 @@ def test_an_iteration_learns_from_its_reward_alone(first_state, other_policy, sq
     args = dataclasses.replace(ARGS, survival_reward=3.0)  # omega 0.5, omega' 0.2, alpha_hat 0.3
     residual_reward = transitions.addon_reward + 0.2 * priors - 0.3 * ours
     forgone = transitions.terminated * sum(3 * ARGS.gamma**t for t in range(1, 3000))
-    no_omega = dataclasses.replace(args, omega=None)
     soft_reward = 0.7 * transitions.basic_reward + transitions.addon_reward - 0.2 * ours
     cases = [
         (soft_update(soft_ppo.Args(**PPO), state, transitions), soft_reward),
-        (residual_ppo.residual_update(args, prior, state, transitions), residual_reward - 0.5 * forgone),
-        (residual_ppo.residual_update(no_omega, prior, state, transitions), residual_reward - forgone),
+        (residual_update(args, prior, state, transitions), residual_reward - 0.5 * forgone),
     ]
     for (actual, metrics), reward in cases:
         expected, expected_metrics = ppo_update(ARGS, state, transitions, np.float32(reward))
@@ -744,16 +767,19 @@ def test_residual_update_finds_the_soft_optimum_of_a_bandit():
     prior = jax.tree.map(jnp.float32, residual_ppo.Policy(prior_params, stats, actor))
     obs, no = jnp.zeros((args.num_steps + 1, args.num_envs, 1)), jnp.zeros((args.num_steps, args.num_envs), bool)
 
-    def iteration(state, key):
+    def iteration(state, words):
+        key, words = jax.random.split(residual_ppo.wrap_key(words))
+        words = jax.random.key_data(words)
         mean, log_std = actor.apply(state.params["actor"], obs[:-1])
         u = mean + jnp.exp(log_std) * jax.random.normal(key, obs[:-1].shape)
         det = (args.omega_prime - args.alpha_hat) * 2 * jnp.log(jnp.cosh(u))
         addon_reward = (-k / 2 * (u - m) ** 2 - det)[..., 0]
         transitions = residual_ppo.Transitions(obs, u, addon_reward, addon_reward, no, no, ~no)
-        return residual_ppo.residual_update(args, prior, state, transitions)
+        return residual_ppo.residual_update(args, prior, state, transitions, words)
 
-    state = residual_ppo.init_state(args, actor, 1)
-    state, _ = jax.jit(partial(lax.scan, iteration))(state, jax.random.split(jax.random.PRNGKey(0), 60))
+    state = residual_ppo.init_state(args, actor, 1, KEY)
+    words = np.stack([residual_ppo.seed_words(0, residual_ppo.ROLLOUT, i) for i in range(60)])
+    state, _ = jax.jit(partial(lax.scan, iteration))(state, words)
     mean, log_std = actor.apply(state.params["actor"], obs[0, 0])
     precision = (args.omega_prime / prior_std**2 + k) / args.alpha_hat
     expected = (args.omega_prime * prior_mean / prior_std**2 + k * m) / args.alpha_hat / precision

@@ -24,6 +24,9 @@ ARGS = residual_sac.Args(
 )  # fmt: skip
 
 
+KEY = residual_sac.seed_words(1, residual_sac.UPDATE)
+
+
 @pytest.fixture
 def float64():
     """Compute in float64."""
@@ -123,7 +126,7 @@ def random_policy(seed, squash=True, state_dependent_std=True):
 def random_state(seed, squash=True, dtype=np.float64):
     """A state of SAC whose actor, critics and target critics are all random and different."""
     policy, rng = random_policy(seed, squash), np.random.default_rng(seed + 100)
-    state = jax.eval_shape(lambda: residual_sac.init_sac_state(ARGS, ALPHA_HAT, policy.actor, OBS_DIM))
+    state = jax.eval_shape(lambda: residual_sac.init_sac_state(ARGS, ALPHA_HAT, policy.actor, OBS_DIM, KEY))
     state = jax.tree.map(lambda x: np.zeros(x.shape, dtype if x.dtype == jnp.float32 else x.dtype), state)
 
     def draw(tree):
@@ -250,9 +253,9 @@ def test_targets_of_what_is_stored_are_those_of_a_loop_over_the_trajectories(mon
     assert (transitions.terminated & transitions.valid).any()
     assert (transitions.truncated & transitions.valid).any()
     assert (~transitions.valid).any()
-    monkeypatch.setattr(residual_sac, "learn", lambda step, args, state, buffer: (state, {}))
+    monkeypatch.setattr(residual_sac, "learn", lambda step, args, state, buffer, key: (state, {}))
     update = jax.jit(residual_sac.residual_sac_update.__wrapped__, static_argnums=0)
-    _, buffer, _ = update(args, prior, state, residual_sac.empty_buffer(args, OBS_DIM, ACTION_DIM), transitions)
+    _, buffer, _ = update(args, prior, state, residual_sac.empty_buffer(args, OBS_DIM, ACTION_DIM), transitions, KEY)
     stored = int(buffer.count)
     assert stored == transitions.valid.sum()
     noise = np.float32(rng.normal(size=(64, ACTION_DIM)))
@@ -314,7 +317,7 @@ def test_batches_are_drawn_from_all_that_was_stored_once_learning_starts():
 
     learn = jax.jit(partial(residual_sac.learn, step, args))
     for count in (4, 5):
-        state, metrics = learn(random_state(0, dtype=np.float32), residual_sac.Buffer(data, np.int32(count)))
+        state, metrics = learn(random_state(0, dtype=np.float32), residual_sac.Buffer(data, np.int32(count)), KEY)
         share = [float(metrics[str(i)]) for i in range(6)]
         np.testing.assert_allclose(share[1:], 0.2 if count == 5 else 0, atol=0.1 if count == 5 else 0)
         assert share[0] == 0
@@ -362,8 +365,8 @@ def test_without_the_prior_it_is_soft_sac_on_the_addon_reward_alone():
     our_buffer, their_buffer = buffers
     for seed in range(3):
         transitions = trajectories(np.random.default_rng(seed), 8, 2)
-        ours, our_buffer, _ = residual_sac.residual_sac_update(args, prior, ours, our_buffer, transitions)
-        theirs, their_buffer, _ = soft_sac.soft_sac_update(soft_args, theirs, their_buffer, transitions)
+        ours, our_buffer, _ = residual_sac.residual_sac_update(args, prior, ours, our_buffer, transitions, KEY)
+        theirs, their_buffer, _ = soft_sac.soft_sac_update(soft_args, theirs, their_buffer, transitions, KEY)
     for before, a, b in zip(*map(jax.tree.leaves, (start.params, ours.params, theirs.params)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
         assert (a != before).any()
@@ -400,11 +403,11 @@ def play_bandit(script, update, args, alpha, curvature, slope, iterations=40):
     state = script.SACState(params, params["critic"], opt_state, *rest)
     buffer, rng = script.empty_buffer(args, 1, 1), np.random.default_rng(0)
     flags = np.ones((16, 8), bool), np.zeros((16, 8), bool), np.ones((16, 8), bool)
-    for _ in range(iterations):
+    for i in range(iterations):
         action = np.float32(rng.uniform(-3, 3, (16, 8, 1)))
         reward = (slope * action - curvature * action**2 / 2)[..., 0]
         transitions = script.Transitions(np.zeros((17, 8, 1), np.float32), action, 0 * reward, reward, *flags)
-        state, buffer, _ = update(state, buffer, transitions)
+        state, buffer, _ = update(state, buffer, transitions, script.seed_words(0, script.UPDATE, i))
     params = state.params["actor"]["params"]
     return float(params["actor_mean.0"]["bias"][0]), float(np.exp(params["actor_logstd"][0])), state
 

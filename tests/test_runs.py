@@ -1,6 +1,7 @@
 """The scripts run, learn and reproduce themselves on real MuJoCo, and EnvPool does what they rely on."""
 
 import dataclasses
+import itertools
 import json
 import re
 import struct
@@ -73,7 +74,18 @@ def play(env, actions):
 
 def seeds(seed, num_envs):
     """Seeds of environments to train in."""
-    return residual_ppo.env_seeds(seed, 0, num_envs)
+    return residual_ppo.env_seeds(seed, residual_ppo.TRAINING, num_envs)
+
+
+def make_env(env_id, task, squash, env_seeds):
+    """EnvPool's environments with a task."""
+    return residual_ppo.make_env(residual_ppo.make_simulator(env_id, "{}", env_seeds), task, squash)
+
+
+def default_task(env_id, coef=1.0):
+    """The default add-on task of an environment."""
+    args = residual_ppo.choose_addon(residual_ppo.Args(env_id=env_id))
+    return residual_ppo.ADDON_TASKS[args.addon]._replace(coef=coef)
 
 
 def bounded_action(monkeypatch, env_id, squash, raw):
@@ -89,7 +101,7 @@ def bounded_action(monkeypatch, env_id, squash, raw):
     pool.xla, pool.reset = lambda: (jnp.zeros(()), None, None, xla_step), lambda: (np.zeros((len(raw), 1)), {})
     with monkeypatch.context() as patch:
         patch.setattr(residual_ppo.envpool, "make", lambda *args, **kwargs: pool)
-        env = residual_ppo.make_env(env_id, NO_ADDON, squash, np.arange(len(raw)))
+        env = make_env(env_id, NO_ADDON, squash, np.arange(len(raw)))
     env.step(env.reset(), jnp.asarray(raw))
     assert received[0].dtype == np.float64
     return np.asarray(received[0])
@@ -103,8 +115,8 @@ def test_args_json_tells_what_the_run_depends_on(runs, name):
     content = json.loads((runs[name].folder / "args.json").read_text())
     assert content["args"]["num_envs"] == 8
     assert content["args"]["total_timesteps"] == 1024
-    assert {"jax", "flax", "envpool", "numpy"} <= content["packages"].keys()
-    assert re.fullmatch(r"3\.\d+\.\d+", content["mujoco_in_envpool"])
+    assert {"python", "jax", "flax", "optax", "numpy"} <= content["packages"].keys()
+    assert re.fullmatch(r"envpool \d+\.\d+\.\d+", content["simulator"])
     assert "git_commit" in content
     assert runs[name].folder.name.startswith(f"{content['args']['env_id']}__{name}__1__")
 
@@ -269,8 +281,11 @@ def test_saved_policy_is_loaded_the_same(tmp_path, squash, activation, state_dep
     rng = np.random.default_rng(0)
     names = ("objective", "total", "basic", "addon", "quantity", "length", "log_prob")
     results = {actions: {name: rng.uniform(1, 9, 20) for name in names} for actions in ("stochastic", "deterministic")}
-    residual_ppo.save_policy(path, policy, residual_ppo.Args(env_id="Hopper-v4", gamma=0.97), 0.25, results)
-    loaded, metadata = residual_ppo.load_policy(path, "Hopper-v4")
+    args = residual_ppo.Args(env_id="Hopper-v4", gamma=0.97)
+    path.write_bytes(residual_ppo.policy_bytes(policy, args, 0.25, results, {"seed": 7}))
+    residual_ppo.check_policy(path, "Hopper-v4")
+    loaded, metadata = residual_ppo.load_policy(path)
+    assert json.loads(metadata["training"]) == {"seed": 7}
     assert metadata == read_policy(path)[1]
     expected = {"env_id": "Hopper-v4", "squash": str(squash).lower(), "alpha": "0.25", "hidden_sizes": "[16]"}
     expected |= {"activation": activation, "gamma": "0.97", "obs_clip": str(obs_clip)}
@@ -309,7 +324,8 @@ def test_policy_file_written_with_numpy_has_the_documented_meaning(tmp_path, scr
     metadata |= {"hidden_sizes": "[64, 64]", "activation": "tanh"}
     path = tmp_path / "policy.safetensors"
     safetensors.numpy.save_file(tensors | critic, path, metadata)
-    policy, loaded_metadata = script.load_policy(path, "HalfCheetah-v4")
+    script.check_policy(path, "HalfCheetah-v4")
+    policy, loaded_metadata = script.load_policy(path)
     assert loaded_metadata == metadata
 
     obs, action = rng.normal(0, 3, (50, 17)).astype(np.float32), rng.normal(0, 1.5, (50, 6)).astype(np.float32)
@@ -368,14 +384,14 @@ def test_discount_is_recorded_and_the_prior_s_is_the_default(runs, prior):
         folder = runs[what].folder
         assert saved_args(folder)["gamma"] == gamma
         assert read_policy(folder / "policy.safetensors")[1]["gamma"] == str(gamma)
-    noted = {what for what in gammas if "note     gamma is 0.9," in runs[what].process.stdout}
+    noted = {what for what in gammas if "note     gamma is not the prior's" in runs[what].process.stdout}
     assert noted == {"residual_ppo plain"}
 
 
 @pytest.mark.parametrize(("of_prior", "given", "expected"), [("0.9999", None, 0.99), ("0.9999", 0.999, 0.999)])
 def test_a_discount_near_1_is_the_default_only_up_to_0_99(prior, of_prior, given, expected):
     """Within a customisation, a fresh critic does not learn values over a horizon of 10000 steps."""
-    policy, info = residual_ppo.load_policy(prior, "HalfCheetah-v4")
+    policy, info = residual_ppo.load_policy(prior)
     args = residual_ppo.resolve_args(
         residual_ppo.Args(gamma=given), policy, info | {"gamma": of_prior}, residual_ppo.PPO_SCALES
     )
@@ -397,32 +413,31 @@ def test_unsquashed_prior_is_customised_as_it_is(runs):
     assert abs(float(rows[0]["kl_to_prior"])) < 1e-6
 
 
-def test_objective_is_reported_only_where_omega_defines_it(runs):
-    """Without it a prior of unknown temperature says nothing of the basic reward's weight."""
+def test_objective_is_that_of_omega(runs):
+    """Also where omega' is given in its place; the survival reward is then 0 unless it is given, too."""
     folders = {what: runs[f"residual_ppo {what}"].folder for what in ("plain", "relu")}
     contents = {what: json.loads((folder / "eval.json").read_text()) for what, folder in folders.items()}
     tables = {what: runs[f"residual_ppo {what}"].process.stdout for what in folders}
     args = saved_args(folders["plain"])
-    weights = {"omega": None, "omega_prime": 0.1, "alpha_hat": 0.05, "survival_reward": 0.0}
+    weights = {"omega": 1.0, "omega_prime": 0.1, "alpha_hat": 0.05, "survival_reward": 0.0}
     assert weights.items() <= args.items()
     assert (weights | {"omega": 0.5}).items() <= saved_args(folders["relu"]).items()
-    assert "objective" not in json.dumps(contents["plain"]) + tables["plain"]
-    assert "survival_reward" not in read_policy(folders["plain"] / "policy.safetensors")[1]
-    assert "total" in tables["plain"]
-    assert "objective" in tables["relu"]
-    for policy in ("prior", "customised"):
-        episodes = contents["relu"][policy]["episodes"]["stochastic"]
+    assert all("objective" in table and "total" in table for table in tables.values())
+    for what, policy in itertools.product(folders, ("prior", "customised")):
+        episodes = contents[what][policy]["episodes"]["stochastic"]
+        omega = saved_args(folders[what])["omega"]
         np.testing.assert_allclose(
-            episodes["objective"], 0.5 * np.array(episodes["basic"]) + np.array(episodes["addon"])
+            episodes["objective"], omega * np.array(episodes["basic"]) + np.array(episodes["addon"])
         )
 
 
-@pytest.mark.parametrize("script", [residual_ppo, train_prior_ppo], ids=["residual_ppo", "train_prior_ppo"])
+@pytest.mark.parametrize("script", [residual_ppo, train_prior_ppo, soft_ppo], ids=lambda x: x.__name__)
 def test_shipped_priors_are_read(script):
     paths = sorted((ROOT / "priors").glob("*.safetensors"))
     assert len(paths) >= 5
     for path in paths:
-        policy, metadata = script.load_policy(path, path.stem.removesuffix("-sac"))
+        script.check_policy(path, path.stem.removesuffix("-sac"))
+        policy, metadata = script.load_policy(path)
         assert metadata["env_id"] == path.stem.removesuffix("-sac")
         assert policy.actor.obs_clip == 10
         assert float(metadata["alpha"]) > 0
@@ -433,7 +448,7 @@ def test_shipped_priors_are_read(script):
 
 def test_seeds_of_different_runs_and_roles_share_none():
     """Nor do those of the evaluations of the prior that is trained, which are of the next seed."""
-    drawn = [residual_ppo.env_seeds(seed, role, 512) for seed in (0, 1, 2, 3, 2**30 - 1) for role in (0, 1)]
+    drawn = [residual_ppo.env_seeds(seed, role, 512) for seed in (0, 1, 2, 3, 2**30 - 1) for role in range(7)]
     assert len(np.unique(np.concatenate(drawn))) == sum(len(x) for x in drawn)
     for x in drawn:
         assert x.min() >= 0
@@ -442,7 +457,7 @@ def test_seeds_of_different_runs_and_roles_share_none():
 
 def test_environments_of_different_runs_start_from_different_states():
     starts = {
-        (seed, i): residual_ppo.make_env("HalfCheetah-v4", NO_ADDON, True, seeds(seed, 64)).reset().obs
+        (seed, i): make_env("HalfCheetah-v4", NO_ADDON, True, seeds(seed, 64)).reset().obs
         for seed in (1, 2)
         for i in range(2)
     }
@@ -482,7 +497,14 @@ def test_envpool_steps_as_gymnasium_does_from_the_same_state(env_id):
     assert compared >= 4
 
 
+def energy(data):
+    """|a|² of the motors' controls, and -0.1 times it."""
+    return (data.ctrl**2).sum(), -0.1 * (data.ctrl**2).sum()
+
+
 QUANTITIES = {
+    "half-cheetah-energy": energy,
+    "ant-energy": energy,
     "half-cheetah-front-foot": lambda data: (abs(data.joint("ffoot").qpos[0]), -10 * abs(data.joint("ffoot").qpos[0])),
     "hopper-height": lambda data: (data.qpos[1], 10 * (data.qpos[1] - 1)),
     "ant-right": lambda data: (-data.qvel[1], -data.qvel[1]),
@@ -508,9 +530,10 @@ def test_addon_task_reads_the_quantity_it_names_from_the_simulation(name, versio
     env.action_space.seed(1)
     seen = []
     for _ in range(10):
-        obs, *_ = env.step(env.action_space.sample())
+        action = env.action_space.sample()
+        obs, *_ = env.step(action)
         quantity, reward = QUANTITIES[name](env.data)
-        ours = task.quantity(jnp.asarray(obs))
+        ours = task.quantity(None, jnp.asarray(action), jnp.asarray(obs))
         np.testing.assert_allclose((task.reward(ours), ours), (reward, quantity), rtol=1e-5, atol=1e-5)
         seen.append(quantity)
     assert np.ptp(seen) > 1e-3
@@ -521,8 +544,8 @@ def test_addon_task_reads_the_quantity_it_names_from_the_simulation(name, versio
 
 @pytest.mark.parametrize(("env_id", "squash"), [("Hopper-v4", True), ("Hopper-v5", False), ("Walker2d-v4", False)])
 def test_evaluation_agrees_with_episodes_played_in_gymnasium(env_id, squash):
-    task, policy = residual_ppo.choose_addon(None, env_id, 2.0), random_policy(env_id, scale=0.2, squash=squash)
-    env = residual_ppo.make_env(env_id, task, squash, np.tile(residual_ppo.env_seeds(5, 1, 100), 2))
+    task, policy = default_task(env_id, 2.0), random_policy(env_id, scale=0.2, squash=squash)
+    env = make_env(env_id, task, squash, np.tile(residual_ppo.env_seeds(5, residual_ppo.EVALUATION, 100), 2))
     ours = residual_ppo.evaluate(env, {"policy": policy}, 0.5, 0)["policy"]["deterministic"]
     assert {len(column) for column in ours.values()} == {100}
 
@@ -537,10 +560,11 @@ def test_evaluation_agrees_with_episodes_played_in_gymnasium(env_id, squash):
         while not done:
             action, log_prob = act(np.float32(obs))
             action = np.tanh(np.float64(action)) if squash else np.clip(np.float64(action), -1, 1)
+            before = obs
             obs, reward, terminated, truncated, _ = twin.step(action)
             done = terminated or truncated
             basic.append(reward)
-            quantities.append(task.quantity(obs))
+            quantities.append(task.quantity(before, action, obs))
             log_probs.append(log_prob)
         addon = 2 * sum(task.reward(quantity) for quantity in quantities)
         episode = {"basic": sum(basic), "addon": addon, "length": len(basic)}
@@ -556,10 +580,10 @@ def test_evaluation_agrees_with_episodes_played_in_gymnasium(env_id, squash):
 @pytest.fixture(scope="module")
 def hopper_evaluation():
     """An untrained policy, evaluated against itself and another in Hopper-v4; and the sums over its episodes."""
-    task, policy = residual_ppo.choose_addon(None, "Hopper-v4", 1.0), random_policy("Hopper-v4")
-    env_seeds = np.tile(residual_ppo.env_seeds(1, 1, 8), 6)
+    task, policy = default_task("Hopper-v4"), random_policy("Hopper-v4")
+    env_seeds = np.tile(residual_ppo.env_seeds(1, residual_ppo.EVALUATION, 8), 6)
     policies = {"one": policy, "same": policy, "other": random_policy("Hopper-v4", scale=2.0)}
-    env = residual_ppo.make_env("Hopper-v4", task, True, env_seeds)
+    env = make_env("Hopper-v4", task, True, env_seeds)
     sums, first_episodes = [], residual_ppo.first_episodes
 
     def recording_first_episodes(*inputs):
@@ -568,14 +592,14 @@ def hopper_evaluation():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(residual_ppo, "first_episodes", recording_first_episodes)
-        results = residual_ppo.evaluate(env, policies, None, 1)
+        results = residual_ppo.evaluate(env, policies, 1.0, 1)
     return env_seeds, results, jax.tree.map(lambda x: x[:8], sums[0])
 
 
 def test_policies_are_evaluated_in_pairs(hopper_evaluation):
     """From the same initial states, with the same noise: a policy and itself differ in nothing."""
     env_seeds, results, _ = hopper_evaluation
-    starts = residual_ppo.make_env("Hopper-v4", NO_ADDON, True, env_seeds).reset().obs.reshape(6, 8, -1)
+    starts = make_env("Hopper-v4", NO_ADDON, True, env_seeds).reset().obs.reshape(6, 8, -1)
     np.testing.assert_array_equal(starts, np.broadcast_to(starts[:1], starts.shape))
     assert len(np.unique(starts[0], axis=0)) == 8
     jax.tree.map(np.testing.assert_array_equal, results["one"], results["same"])
@@ -598,9 +622,9 @@ def test_log_reports_the_means_of_the_evaluation(hopper_evaluation):
 @pytest.fixture(scope="module")
 def hopper_episodes():
     """Hopper-v4 under random actions: results of Env.step over 150 steps in 6 environments, several episodes each."""
-    task = residual_ppo.choose_addon(None, "Hopper-v4", 3.0)
+    task = default_task("Hopper-v4", 3.0)
     actions = np.random.default_rng(7).normal(0, 1, (150, 6, 3))
-    result = play(residual_ppo.make_env("Hopper-v4", task, True, seeds(11, 6)), actions)
+    result = play(make_env("Hopper-v4", task, True, seeds(11, 6)), actions)
     assert result[0].terminated.sum() > 12
     return actions, *result
 
@@ -618,12 +642,12 @@ def test_step_after_an_end_is_marked_and_earns_nothing(hopper_episodes):
 def test_step_after_an_end_ignores_its_action(hopper_episodes):
     actions, transitions, obs, _ = hopper_episodes
     others = np.where(transitions.valid[..., None], actions, -5 * actions)
-    task = residual_ppo.choose_addon(None, "Hopper-v4", 3.0)
-    _, same_obs, _ = play(residual_ppo.make_env("Hopper-v4", task, True, seeds(11, 6)), others)
+    task = default_task("Hopper-v4", 3.0)
+    _, same_obs, _ = play(make_env("Hopper-v4", task, True, seeds(11, 6)), others)
     assert (others != actions).any()
     np.testing.assert_array_equal(same_obs, obs)
     others[3] = -actions[3]
-    _, other_obs, _ = play(residual_ppo.make_env("Hopper-v4", task, True, seeds(11, 6)), others[:5])
+    _, other_obs, _ = play(make_env("Hopper-v4", task, True, seeds(11, 6)), others[:5])
     assert (other_obs[3] != obs[3]).any()
 
 
@@ -655,19 +679,18 @@ def test_episode_sums_are_sums_over_valid_steps(hopper_episodes):
             finished, running = states[-1].finished[name], states[-1].running[name]
             np.testing.assert_allclose(finished[env], np.float64(column[start:end, env]).sum(), rtol=1e-4)
             np.testing.assert_allclose(running[env], np.float64(column[end:, env]).sum(), rtol=1e-4, atol=1e-5)
-        assert np.isnan(states[ends[0] - 1].finished["length"][env])
+        assert not any(column[env] for column in states[ends[0] - 1].finished.values())
 
 
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "InvertedPendulum-v4"])
 def test_time_limit_of_1000_steps_truncates_and_does_not_terminate(env_id, learning_runs):
-    env = residual_ppo.make_env(env_id, NO_ADDON, True, seeds(0, 2))
-    args = residual_ppo.Args(env_id=env_id, num_envs=2, num_steps=1002)
+    env = make_env(env_id, NO_ADDON, True, seeds(0, 2))
     policy = random_policy(env_id)
     if env_id == "InvertedPendulum-v4":
-        policy, _ = residual_ppo.load_policy(learning_runs["soft_ppo"].folder / "policy.safetensors", env_id)
+        policy, _ = residual_ppo.load_policy(learning_runs["soft_ppo"].folder / "policy.safetensors")
         policy.params["params"]["actor_logstd"] -= 10
-    state, transitions = residual_ppo.rollout(env, args, policy, env.reset(), 0)
-    assert transitions.obs.shape == (1003, 2, env.obs_dim)
+    state, transitions = residual_ppo.rollout(env, 1002, policy, env.reset(), residual_ppo.seed_words(0, residual_ppo.ROLLOUT))
+    assert transitions.obs.shape[:2] == (1003, 2)
     np.testing.assert_array_equal(transitions.obs[-1], state.obs)
     truncated = np.zeros((1002, 2), bool)
     truncated[999] = True
@@ -695,7 +718,7 @@ def test_actions_fill_the_bounds_of_the_environment_and_no_more(monkeypatch, env
     ("env_id", "bound", "tolerance"), [("InvertedPendulum-v4", 3, 1e-6), ("Humanoid-v5", 0.4, 1e-3)]
 )
 def test_environment_receives_the_action_in_its_own_units(env_id, bound, tolerance, squash):
-    env = residual_ppo.make_env(env_id, NO_ADDON, squash, seeds(2, 1))
+    env = make_env(env_id, NO_ADDON, squash, seeds(2, 1))
     raw = np.random.default_rng(3).normal(0, 2 * bound, (2, 1, env.action_dim)).astype(np.float32)
     transitions, obs, _ = play(env, raw)
     twin, state_dim = gymnasium_twin(env_id, np.float64(transitions.obs[0, 0]))
