@@ -431,7 +431,7 @@ def test_objective_is_that_of_omega(runs):
         )
 
 
-@pytest.mark.parametrize("script", [residual_ppo, train_prior_ppo, soft_ppo], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("script", [residual_ppo, soft_ppo], ids=lambda x: x.__name__)
 def test_shipped_priors_are_read(script):
     paths = sorted((ROOT / "priors").glob("*.safetensors"))
     assert len(paths) >= 5
@@ -689,7 +689,9 @@ def test_time_limit_of_1000_steps_truncates_and_does_not_terminate(env_id, learn
     if env_id == "InvertedPendulum-v4":
         policy, _ = residual_ppo.load_policy(learning_runs["soft_ppo"].folder / "policy.safetensors")
         policy.params["params"]["actor_logstd"] -= 10
-    state, transitions = residual_ppo.rollout(env, 1002, policy, env.reset(), residual_ppo.seed_words(0, residual_ppo.ROLLOUT))
+    state, transitions = residual_ppo.rollout(
+        env, 1002, policy, env.reset(), residual_ppo.seed_words(0, residual_ppo.ROLLOUT)
+    )
     assert transitions.obs.shape[:2] == (1003, 2)
     np.testing.assert_array_equal(transitions.obs[-1], state.obs)
     truncated = np.zeros((1002, 2), bool)
