@@ -4,16 +4,17 @@ import ast
 import re
 
 import pytest
-from conftest import ROOT, SAC_SCRIPTS, SCRIPTS
+from conftest import ROOT, SAC_SCRIPTS, SCRIPTS, script_path
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "priors/README.md", "benchmark/README.md", "results/README.md")
 DOCUMENTS += ("results/defaults.md", "results/mirror_descent_vi/README.md")
+DOCUMENTS += ("residual_q_learning/README.md", "mirror_descent/README.md")
 
 
 def flags(name):
     """A script's flags, less the positional arguments."""
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    tree = ast.parse((ROOT / f"{name}.py" if "/" in name else script_path(name)).read_text())
     (args,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
     fields = [x for x in args.body if isinstance(x, ast.AnnAssign) and "Positional" not in ast.unparse(x.annotation)]
     return [f"--{x.target.id.replace('_', '-')}" for x in fields]
@@ -54,7 +55,9 @@ def test_every_flag_is_named(name):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_use_flags_that_exist(document):
     known = {name: set(flags(name)) for name in (*SCRIPTS, *SAC_SCRIPTS, "enjoy", "priors/from_sb3", "priors/measure")}
-    commands = re.findall(r"(?m)^python (\S+)\.py (.*?)(?:  +#.*)?$", (ROOT / document).read_text())
+    commands = re.findall(
+        r"(?m)^python (?:residual_q_learning/)?(\S+)\.py (.*?)(?:  +#.*)?$", (ROOT / document).read_text()
+    )
     used = {(name, flag) for name, rest in commands if name in known for flag in re.findall(r"--[a-z-]+", rest)}
     assert {(name, flag) for name, flag in used if flag not in known[name]} == set()
 
@@ -75,7 +78,8 @@ def test_documents_name_only_files_that_exist():
     for document in DOCUMENTS:
         folder = (ROOT / document).parent
         for name in re.findall(r"`([\w./-]+\.(?:py|md|cff))`", prose(document)):
-            assert any((base / name).exists() for base in (ROOT, folder)) or name.startswith("ppo_"), (document, name)
+            folders = (ROOT, folder, ROOT / "residual_q_learning", ROOT / "mirror_descent")
+            assert any((base / name).exists() for base in folders) or name.startswith("ppo_"), (document, name)
 
 
 def test_speed_is_what_the_benchmark_wrote():

@@ -20,7 +20,6 @@ from tensorboardX.proto.event_pb2 import Event
 
 import residual_ppo
 import soft_ppo
-import train_prior_ppo
 
 V4_AND_V5 = ("v4", "v5")
 ENVS = [f"{task.env}-{version}" for task in residual_ppo.ADDON_TASKS.values() if task.env for version in V4_AND_V5]

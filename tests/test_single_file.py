@@ -7,12 +7,12 @@ import sys
 import tomllib
 
 import pytest
-from conftest import ROOT, SAC_SCRIPTS
+from conftest import ROOT, SAC_SCRIPTS, script_path
 from conftest import SCRIPTS as PPO_SCRIPTS
 
 SCRIPTS = (*PPO_SCRIPTS, *SAC_SCRIPTS)
 PROGRAMS = (*SCRIPTS, "enjoy", "mirror_descent_vi")
-SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in PROGRAMS}
+SOURCES = {name: script_path(name).read_text() for name in PROGRAMS}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 
 
@@ -59,7 +59,7 @@ def imported_packages(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_program_imports_nothing_of_this_repository(name):
-    local = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    local = {path.stem for path in ROOT.glob("**/*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
     assert set(PROGRAMS) <= local
     assert "numpy" in imported_packages(name)
     assert not imported_packages(name) & local
@@ -67,7 +67,7 @@ def test_program_imports_nothing_of_this_repository(name):
 
 def test_scripts_need_jax_and_enjoy_does_not():
     assert all({"jax", "flax", "optax", "envpool"} <= imported_packages(name) for name in SCRIPTS)
-    assert not imported_packages("enjoy") & {"jax", "flax", "optax", "envpool", "torch"}
+    assert not imported_packages("enjoy") & {"jax", "flax", "optax", "torch"}  # envpool where Gymnasium has nothing
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(PROGRAMS, 2)))
@@ -80,31 +80,24 @@ def test_equal_names_have_equal_definitions(one, other):
     assert [name for name in shared if ours[name] != theirs[name]] == []
 
 
+CUT = "# A copy for a project of your own may end here; "  # begins the line below which a copy needs nothing
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_docstring_names_the_rooms_in_order(name):
-    """The parts of the file: those of the algorithm up to main, then what is not the algorithm."""
-    lines = SOURCES[name].splitlines()
-    rooms = {i: room for i, line in enumerate(lines, 1) for room in re.findall(r"^# -{9,} (.+)$", line)}
-    (main,) = (node for node in TREES[name].body if isinstance(node, ast.FunctionDef) and node.name == "main")
-    algorithm = ["flags", *(room for i, room in rooms.items() if i < main.lineno)]
-    others = [room for i, room in rooms.items() if i > main.lineno]
-    assert min(len(algorithm), len(others)) > 3
+    """The parts that a copy keeps, main's being the sixth, then those that it can do without."""
+    kept, below = (re.findall(r"(?m)^# -{9,} (.+)$", part) for part in SOURCES[name].split(CUT))
+    assert kept[-3:] == ["train and main", "evaluation", "policy files"]
     text = " ".join(ast.get_docstring(TREES[name]).split())
-    (said,) = re.findall(r"In this order: (.+?)\. Then what is not the algorithm: (.+?)\.", text)
-    assert [part.split("; ") for part in said] == [algorithm, others]
+    (said,) = re.findall(r"In this order: (.+?)\. Then what a copy can do without: (.+?)\.", text)
+    assert [part.split("; ") for part in said] == [["flags", *kept], below]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_algorithm_ends_by_line_630(name):
-    """Its last line is that of main."""
-    (main,) = (node for node in TREES[name].body if isinstance(node, ast.FunctionDef) and node.name == "main")
-    assert main.end_lineno <= 630
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_has_at_most_1155_lines(name):
-    count = SOURCES[name].count("\n")
-    assert count <= 1155
+def test_a_script_is_no_longer_than_it_is_today(name):
+    kept, _ = SOURCES[name].split(CUT)
+    assert kept.count("\n") <= 930
+    assert SOURCES[name].count("\n") <= 1370
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(SCRIPTS, 2)))
@@ -113,12 +106,7 @@ def test_equal_flags_have_equal_types(one, other):
     for name in (one, other):
         (args,) = (node for node in TREES[name].body if isinstance(node, ast.ClassDef) and node.name == "Args")
         types.append({x.target.id: ast.unparse(x.annotation) for x in args.body if isinstance(x, ast.AnnAssign)})
-    exceptions = {
-        "addon",
-        "omega",
-        "hidden_sizes",
-        "gamma",
-    }  # in residual_ppo.py they default to what the prior or env says
+    exceptions = {"hidden_sizes", "gamma"}  # in residual_ppo.py they default to what the prior says
     assert {name for name in types[0].keys() & types[1].keys() if types[0][name] != types[1][name]} <= exceptions
 
 
@@ -159,9 +147,10 @@ def test_inline_python_version_is_that_of_pyproject_toml(name):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_imported_package_is_a_declared_dependency(name):
-    """And no other is declared; wandb is only for --track, and gymnasium is what envpool speaks."""
+    """And no other is declared; wandb is only for --track, and envpool for what Gymnasium does not have, in enjoy.py."""
     declared = {re.split(r"[\[<>=!~ ]", x)[0].lower() for x in inline_metadata(name)["dependencies"]}
     standard = {module.lower() for module in sys.stdlib_module_names}
-    imported = {module.lower() for module in imported_packages(name)} - standard - {"wandb"}
+    optional = {"wandb"} | ({"envpool"} if name == "enjoy" else set())
+    imported = {module.lower() for module in imported_packages(name)} - standard - optional
     assert imported <= declared
-    assert declared - imported <= {"gymnasium"}
+    assert declared <= imported
