@@ -493,7 +493,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def results_table(results: list[list[Episode]], label: str, actions: str) -> rich.table.Table:
+def episodes_table(results: list[list[Episode]], label: str, actions: str) -> rich.table.Table:
     """Mean ± standard deviation over the episodes of each policy; label names the add-on task's quantity."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     table.add_column("")
@@ -507,7 +507,7 @@ def results_table(results: list[list[Episode]], label: str, actions: str) -> ric
     return table
 
 
-def check_flags(args: Args) -> None:
+def check_output_flags(args: Args) -> None:
     """StopRun if a flag cannot work, or would overwrite a file."""
     for name in ("episodes", "video_steps", "video_fps"):
         value = getattr(args, name)
@@ -540,7 +540,7 @@ def parse_kwargs(text: str) -> dict[str, Any]:
 
 def main(args: Args) -> None:
     """Play, show and record."""
-    check_flags(args)
+    check_output_flags(args)
     paths = [path for path in (args.path, args.against) if path]
     policies = [read_policy(path) for path in paths]
     env_id, recorded = args.env_id or policies[0].env_id, recorded_args(args.path)
@@ -557,7 +557,7 @@ def main(args: Args) -> None:
         CONSOLE.print(f"{label:8} {path}")
     results = play_all(env, policies, addon, args)
     env.close()
-    CONSOLE.print(results_table(results, addon.label, "deterministic" if args.deterministic else "sampled"))
+    CONSOLE.print(episodes_table(results, addon.label, "deterministic" if args.deterministic else "sampled"))
     if args.json:
         settings = vars(args) | {"env_id": env_id, "addon": task, "addon_coef": addon.coef}
         pairs = zip(paths, results, strict=True)

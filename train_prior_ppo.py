@@ -850,7 +850,7 @@ def policy_bytes(policy: Policy, args: Args, alpha: float, results: dict[str, di
 
 
 def load_policy(path: Path) -> tuple[Policy, dict[str, str]]:
-    """Read a policy file: the policy, in NumPy, and the metadata. It must be sound: check_policy says if not."""
+    """Read a policy file: the policy, in NumPy, and the metadata. It must be sound: check_policy_file says if not."""
     data = path.read_bytes()
     tensors = {name: x for name, x in safetensors.numpy.load(data).items() if not name.startswith("critic.")}
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
@@ -1070,8 +1070,10 @@ class Run(contextlib.AbstractContextManager):
         content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
         write_atomic(self.folder / "eval.json", json.dumps(content, indent=1).encode())
         CONSOLE.print(results_table(quantity, results))
-        where = shlex.quote(str(self.folder))
-        CONSOLE.print(f"policy, metrics and curves are in {where}; to watch it: python enjoy.py {where} --window")
+        where, here = shlex.quote(str(self.folder)), Path(__file__).resolve().parent
+        player = next((path for path in (here / "enjoy.py", here.parent / "enjoy.py") if path.exists()), "enjoy.py")
+        watch = f"python {shlex.quote(os.path.relpath(player))} {where} --window"
+        CONSOLE.print(f"policy, metrics and curves are in {where}; to watch it: {watch}")
 
 
 def make_folder(folder: Path, args: Args, about: dict[str, Any]) -> None:

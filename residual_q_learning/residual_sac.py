@@ -877,7 +877,7 @@ def policy_bytes(policy: Policy, args: Args, alpha: float, results: dict[str, di
 
 
 def load_policy(path: Path) -> tuple[Policy, dict[str, str]]:
-    """Read a policy file: the policy, in NumPy, and the metadata. It must be sound: check_policy says if not."""
+    """Read a policy file: the policy, in NumPy, and the metadata. It must be sound: check_policy_file says if not."""
     data = path.read_bytes()
     tensors = {name: x for name, x in safetensors.numpy.load(data).items() if not name.startswith("critic.")}
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
@@ -1079,8 +1079,10 @@ class Run(contextlib.AbstractContextManager):
         content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
         write_atomic(self.folder / "eval.json", json.dumps(content, indent=1).encode())
         CONSOLE.print(results_table(quantity, results))
-        where = shlex.quote(str(self.folder))
-        CONSOLE.print(f"policy, metrics and curves are in {where}; to watch it: python enjoy.py {where} --window")
+        where, here = shlex.quote(str(self.folder)), Path(__file__).resolve().parent
+        player = next((path for path in (here / "enjoy.py", here.parent / "enjoy.py") if path.exists()), "enjoy.py")
+        watch = f"python {shlex.quote(os.path.relpath(player))} {where} --window"
+        CONSOLE.print(f"policy, metrics and curves are in {where}; to watch it: {watch}")
 
 
 def make_folder(folder: Path, args: Args, about: dict[str, Any]) -> None:
@@ -1174,7 +1176,7 @@ def check_simulator(args: Args, simulator: Simulator, task: AddonTask, state: An
 def find_prior(args: Args) -> Args:
     """The arguments with the prior's file, which is sound; says what it is, and what to beware of. StopRun if none."""
     path = args.prior or default_prior(args.env_id)
-    check_policy(path, args.env_id)
+    check_policy_file(path, args.env_id)
     info = load_policy(path)[1]
     known = (f"{name} {info[name]}" for name in ("env_id", "alpha", "gamma", "returns") if name in info)
     CONSOLE.print(f"prior    {path}: {', '.join(known)}")
@@ -1195,7 +1197,7 @@ def default_prior(env_id: str) -> Path:
     return next((path for path in places if path.exists()), name)
 
 
-def check_policy(path: Path, env_id: str) -> None:
+def check_policy_file(path: Path, env_id: str) -> None:
     """StopRun if a policy file is missing, damaged, for another environment, or none that load_policy can read."""
     try:
         data = path.read_bytes()
@@ -1281,6 +1283,8 @@ def check_sac_args(args: Args) -> Args:
     if min(args.buffer_size, args.total_timesteps) < max(steps, args.learning_starts):
         what = f"--learning-starts {args.learning_starts} and an iteration's {steps} steps"
         raise StopRun(f"{what} must fit into --buffer-size and --total-timesteps; lower it, or raise these")
+    if getattr(args, "auto_alpha", False) and args.alpha == 0:
+        raise StopRun("--auto-alpha multiplies the temperature, which --alpha 0 does not allow; start higher")
     return args
 
 

@@ -1037,8 +1037,10 @@ class Run(contextlib.AbstractContextManager):
         content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
         write_atomic(self.folder / "eval.json", json.dumps(content, indent=1).encode())
         CONSOLE.print(results_table(quantity, results))
-        where = shlex.quote(str(self.folder))
-        CONSOLE.print(f"policy, metrics and curves are in {where}; to watch it: python enjoy.py {where} --window")
+        where, here = shlex.quote(str(self.folder)), Path(__file__).resolve().parent
+        player = next((path for path in (here / "enjoy.py", here.parent / "enjoy.py") if path.exists()), "enjoy.py")
+        watch = f"python {shlex.quote(os.path.relpath(player))} {where} --window"
+        CONSOLE.print(f"policy, metrics and curves are in {where}; to watch it: {watch}")
 
 
 def make_folder(folder: Path, args: Args, about: dict[str, Any]) -> None:
@@ -1178,7 +1180,7 @@ def check_sac_args(args: Args) -> Args:
     if min(args.buffer_size, args.total_timesteps) < max(steps, args.learning_starts):
         what = f"--learning-starts {args.learning_starts} and an iteration's {steps} steps"
         raise StopRun(f"{what} must fit into --buffer-size and --total-timesteps; lower it, or raise these")
-    if args.auto_alpha and args.alpha == 0:
+    if getattr(args, "auto_alpha", False) and args.alpha == 0:
         raise StopRun("--auto-alpha multiplies the temperature, which --alpha 0 does not allow; start higher")
     return args
 

@@ -69,7 +69,7 @@ def test_cut_copy_with_the_lines_of_contributing_md_trains_and_leaves_a_policy(n
     monkeypatch.chdir(tmp_path)
     module.main(module.Args(**arguments), module.Run)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()][:2] == ["1", "2"]
-    residual_ppo.check_policy(tmp_path / "policy.safetensors", "HalfCheetah-v4")
+    residual_ppo.check_policy_file(tmp_path / "policy.safetensors", "HalfCheetah-v4")
 
 
 def with_simulator(name, example, folder):

@@ -282,7 +282,7 @@ def test_saved_policy_is_loaded_the_same(tmp_path, squash, activation, state_dep
     results = {actions: {name: rng.uniform(1, 9, 20) for name in names} for actions in ("stochastic", "deterministic")}
     args = residual_ppo.Args(env_id="Hopper-v4", gamma=0.97)
     path.write_bytes(residual_ppo.policy_bytes(policy, args, 0.25, results, {"seed": 7}))
-    residual_ppo.check_policy(path, "Hopper-v4")
+    residual_ppo.check_policy_file(path, "Hopper-v4")
     loaded, metadata = residual_ppo.load_policy(path)
     assert json.loads(metadata["training"]) == {"seed": 7}
     assert metadata == read_policy(path)[1]
@@ -323,7 +323,7 @@ def test_policy_file_written_with_numpy_has_the_documented_meaning(tmp_path, scr
     metadata |= {"hidden_sizes": "[64, 64]", "activation": "tanh"}
     path = tmp_path / "policy.safetensors"
     safetensors.numpy.save_file(tensors | critic, path, metadata)
-    script.check_policy(path, "HalfCheetah-v4")
+    script.check_policy_file(path, "HalfCheetah-v4")
     policy, loaded_metadata = script.load_policy(path)
     assert loaded_metadata == metadata
 
@@ -435,7 +435,7 @@ def test_shipped_priors_are_read(script):
     paths = sorted((ROOT / "priors").glob("*.safetensors"))
     assert len(paths) >= 5
     for path in paths:
-        script.check_policy(path, path.stem.removesuffix("-sac"))
+        script.check_policy_file(path, path.stem.removesuffix("-sac"))
         policy, metadata = script.load_policy(path)
         assert metadata["env_id"] == path.stem.removesuffix("-sac")
         assert policy.actor.obs_clip == 10
