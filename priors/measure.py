@@ -57,9 +57,9 @@ def measured_temperature(plays: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
 def play(policy: rpg.Policy, prior: rpg.Policy, env_id: str, args: Args) -> rpg.Transitions:
     """1000 steps of a policy in each environment; the prior's log pi stands in place of the add-on reward."""
     addon = rpg.ADDON_TASKS["none"]
-    env = rpg.make_env(env_id, addon, policy.actor.squash, rpg.env_seeds(args.seed, 1, args.num_envs))
-    run_args = rpg.Args(env_id=env_id, seed=args.seed, num_envs=args.num_envs, num_steps=1000)
-    _, transitions = rpg.rollout(env, run_args, jax.device_get(policy), env.reset(), 0)
+    simulator = rpg.make_simulator(env_id, "{}", rpg.env_seeds(args.seed, rpg.EVALUATION, args.num_envs))
+    env, key = rpg.make_env(simulator, addon, policy.actor.squash), rpg.seed_words(args.seed, rpg.PLAY)
+    _, transitions = rpg.rollout(env, 1000, jax.device_get(policy), env.reset(), key)
     log_prob = jax.jit(rpg.policy_log_prob)(prior, transitions.obs[:-1], transitions.action)
     return jax.tree.map(np.float64, transitions._replace(addon_reward=log_prob))
 
@@ -69,7 +69,8 @@ def main(args: Args) -> None:
     try:
         data = args.path.read_bytes() if args.path.is_file() else b""
         env_id = safetensors.safe_open(args.path, "numpy").metadata()["env_id"] if data else "none"
-        policy, metadata = rpg.load_policy(args.path, env_id)
+        rpg.check_policy_file(args.path, env_id)
+        policy, metadata = rpg.load_policy(args.path)
     except (rpg.StopRun, safetensors.SafetensorError, KeyError, TypeError, OSError) as error:
         print(f"measure.py: {args.path} is no policy file that can be measured: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1053,7 +1053,7 @@ def make_folder(folder: Path, args: Args, about: dict[str, Any]) -> None:
             write_atomic(folder / "prior.safetensors", prior)
         write_atomic(folder / "args.json", json.dumps(about, indent=2, default=str).encode())
     except OSError as error:
-        raise StopRun(f"cannot write to {folder}: {error.strerror}; choose another --runs-dir", 1) from None
+        raise StopRun(f"cannot write to {folder}: {error.strerror}; choose another --runs-dir") from None
 
 
 def start_tracking(args: Args, name: str) -> None:
@@ -1200,6 +1200,7 @@ def resumed_args(args: Args) -> Args:
         paths = {name: Path(saved[name]) for name in ("runs_dir", "export") if saved.get(name)}
         paths |= {name: folder / "prior.safetensors" for name in ("prior", "init_from") if saved.get(name)}
         resumed = type(args)(**(saved | paths | {"resume": folder}))
+        check_flags(resumed)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StopRun(f"{folder} holds no run of {Path(__file__).name} to resume: {error}") from None
     if (folder / "eval.json").exists():

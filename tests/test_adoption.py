@@ -49,7 +49,7 @@ def test_what_a_copy_keeps_needs_nothing_of_what_it_cuts(name):
 def substitute():
     """The lines of CONTRIBUTING.md that stand for what a copy cuts, for each script."""
     (block,) = re.findall(r"```python\n(class Run\(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    assert len(block.splitlines()) <= 15
+    assert sum(bool(line) for line in block.splitlines()) <= 15
     return block
 
 

@@ -572,7 +572,7 @@ def test_run_interrupted_by_ctrl_c_tells_how_to_resume_and_does(tmp_path, pendul
     expected |= {"survival_reward": float(read_policy(pendulum_prior)[1]["survival_reward"])}
     assert {name: args[name] for name in expected} == pytest.approx(expected)
     assert args["hidden_sizes"] == [64, 64]
-    assert {name for name in args if args[name] != resumed_args[name]} == {"resume"}
+    assert {name for name in args if args[name] != resumed_args[name]} == {"resume", "prior"}
 
 
 def test_run_of_residual_ppo_is_resumed_without_the_original_prior(tmp_path, runs, monkeypatch):

@@ -73,7 +73,7 @@ def test_measure_records_what_the_training_script_recorded(pendulum_prior, tmp_p
     assert {name: new[name] for name in ("alpha", "gamma", "env_id")} == {
         name: old[name] for name in ("alpha", "gamma", "env_id")
     }
-    measure.rpg.load_policy(path, "InvertedPendulum-v4")
+    measure.rpg.load_policy(path)
 
 
 def test_measuring_what_is_no_policy_changes_nothing(tmp_path, capsys):

@@ -49,7 +49,7 @@ def test_policy_of_soft_sac_is_a_prior_for_every_script(sac_runs, tmp_path):
     survival_reward = (np.sum(episodes["basic"]) - 0.1 * log_prob) / steps
     assert float(metadata["survival_reward"]) == pytest.approx(survival_reward)
     for script, scales in ((residual_ppo, residual_ppo.PPO_SCALES), (residual_sac, residual_sac.SAC_SCALES)):
-        policy, info = script.load_policy(path, "InvertedPendulum-v4")
+        policy, info = script.load_policy(path)
         args = script.resolve_args(script.Args(env_id="InvertedPendulum-v4", omega=0.5), policy, info, scales)
         alpha_hat = 0.1 / 3 if script is residual_ppo else 0.1
         assert (args.omega_prime, args.alpha_hat) == pytest.approx((3 * 0.5 * 0.1, alpha_hat))
