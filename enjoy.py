@@ -177,8 +177,34 @@ class NumpyPolicy(NamedTuple):
     squash: bool  # the action is tanh(u), stretched to the bounds; else u, clipped to them
     activation: Callable  # after every layer but the last
     obs_clip: float  # bound of normalised observations
+    log_std: Callable  # makes the log standard deviation of what the network gives, if that is where it comes from
     layers: list[tuple[np.ndarray, np.ndarray]]  # weight (out, in) and bias (out,) of each
     tensors: dict[str, np.ndarray]  # all, float32, as named in the file
+
+
+ACTIVATIONS = {
+    "tanh": np.tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
+    "silu": lambda x: x * (1 + np.tanh(x / 2)) / 2,  # x sigmoid(x), without overflow
+}
+
+
+def log_std_form(text: str) -> Callable:
+    """The function that the metadata key log_std names (see priors/README.md); ValueError if it names none."""
+    kind, *numbers = text.split() or [""]
+    bounds = [float(number) for number in numbers]
+    if kind in ("clip", "tanh") and len(bounds) == 2 and -20 <= bounds[0] < bounds[1] <= 20:
+        low, high = bounds
+        if kind == "clip":
+            return lambda x: np.clip(x, low, high)
+        return lambda x: low + (high - low) / 2 * (np.tanh(x) + 1)
+    if kind == "softplus" and len(bounds) == 1 and 1e-8 <= bounds[0] <= 1:
+        return lambda x: np.log(np.logaddexp(0, x) + bounds[0])
+    raise ValueError(
+        f"its log_std is {text!r}; it can be clip LOW HIGH or tanh LOW HIGH, -20 <= LOW < HIGH <= 20, "
+        "or softplus MIN, 1e-8 <= MIN <= 1"
+    )
 
 
 def policy_digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
@@ -207,27 +233,35 @@ def read_policy(path: Path) -> NumpyPolicy:
 def check_policy(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> NumpyPolicy:
     """Make a policy of a file's contents; ValueError says what is wrong with them."""
     tensors = {name: array for name, array in tensors.items() if not name.startswith("critic.")}
-    required = {"env_id", "squash", "hidden_sizes", "activation"}
-    optional = {"obs_clip", "alpha", "gamma", "survival_reward", "measured_alpha", "returns", "training"}
-    if wrong := (required - metadata.keys()) | (metadata.keys() - required - optional - {"sha256", "format"}):
+    required, numbers = {"env_id", "squash", "hidden_sizes", "activation"}, {"alpha", "gamma", "survival_reward"}
+    known = required | numbers | {"obs_clip", "log_std", "measured_alpha", "format", "returns", "training", "sha256"}
+    if wrong := (required - metadata.keys()) | (metadata.keys() - known):
         raise ValueError(f"the metadata {sorted(wrong)} are missing or unknown")
     if metadata.get("sha256", digest := policy_digest(tensors, metadata)) != digest:
         raise ValueError("it is damaged (its sha256 does not match); copy or export it anew")
     if metadata["squash"] not in ("true", "false"):
         raise ValueError(f"its squash is {metadata['squash']}, neither true nor false")
-    activations = {"tanh": np.tanh, "relu": lambda x: np.maximum(x, 0)}
-    if metadata["activation"] not in activations:
-        raise ValueError(f"its activation is {metadata['activation']}, neither tanh nor relu")
-    if not (obs_clip := float(metadata.get("obs_clip", 10))) > 0:
-        raise ValueError(f"its obs_clip is {metadata['obs_clip']}, and must be above 0")
+    if metadata["activation"] not in ACTIVATIONS:
+        raise ValueError(f"its activation is {metadata['activation']}, none of {', '.join(ACTIVATIONS)}")
+    if "log_std" in metadata and "actor_logstd" in tensors:
+        raise ValueError("it has log_std, which is for a deviation that depends on the state; leave that key out")
+    alpha, gamma, survival, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
+    if not (0 <= alpha < math.inf and 0 <= gamma <= 1 and math.isfinite(survival) and obs_clip > 0):
+        raise ValueError(f"one of its {sorted(numbers)} or its obs_clip is impossible")
     hidden_sizes = json.loads(metadata["hidden_sizes"])
     if type(hidden_sizes) is not list or not all(type(size) is int and size > 0 for size in hidden_sizes):
         raise ValueError(f"its hidden_sizes are {metadata['hidden_sizes']}, not a list of widths")
     check_tensors(tensors, hidden_sizes)
     names = [f"actor_mean.{2 * i}" for i in range(len(hidden_sizes) + 1)]
-    layers = [(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names]
-    activation, squash = activations[metadata["activation"]], metadata["squash"] == "true"
-    return NumpyPolicy(metadata["env_id"], squash, activation, obs_clip, layers, tensors)
+    return NumpyPolicy(
+        env_id=metadata["env_id"],
+        squash=metadata["squash"] == "true",
+        activation=ACTIVATIONS[metadata["activation"]],
+        obs_clip=float(metadata.get("obs_clip", 10)),
+        log_std=log_std_form(metadata.get("log_std", "clip -20 2")),
+        layers=[(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names],
+        tensors=tensors,
+    )
 
 
 def check_tensors(tensors: dict[str, np.ndarray], hidden_sizes: list[int]) -> None:
@@ -250,6 +284,8 @@ def check_tensors(tensors: dict[str, np.ndarray], hidden_sizes: list[int]) -> No
             raise ValueError(f"{name} is {tensors[name].dtype} {tensors[name].shape}, not float32 {shape}")
         if not np.isfinite(tensors[name]).all() or (name == "obs_var" and (tensors[name] < 0).any()):
             raise ValueError(f"{name} has impossible entries (NaN, infinite, or a negative variance)")
+    if np.abs(tensors.get("actor_logstd", 0)).max() > 10:
+        raise ValueError("actor_logstd has entries beyond ±10, with which float32 cannot train")
 
 
 # -------------------------------------------------------------------------------------- acting
@@ -269,7 +305,7 @@ def mean_and_log_std(policy: NumpyPolicy, obs: np.ndarray) -> tuple[np.ndarray, 
     mean = x @ weight.T + bias
     if "actor_logstd" in tensors:
         return mean, tensors["actor_logstd"]
-    return mean, np.clip(x @ tensors["actor_logstd.weight"].T + tensors["actor_logstd.bias"], -20, 2)
+    return mean, policy.log_std(x @ tensors["actor_logstd.weight"].T + tensors["actor_logstd.bias"])
 
 
 def act(policy: NumpyPolicy, obs: np.ndarray, noise: Any, low: np.ndarray, high: np.ndarray) -> np.ndarray:
