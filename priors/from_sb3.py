@@ -337,13 +337,14 @@ def flax_network(params: dict, squash: bool) -> tuple[list, tuple]:
     return (layers[:-1], layers[-1]) if squash else (layers, (as_array(params["log_std"]),))
 
 
-def entropy_coefficient(data: dict, variables: dict[str, np.ndarray]) -> float:
-    """SAC's and TQC's, learned or set."""
+def entropy_coefficient(data: dict, variables: dict[str, np.ndarray]) -> float | None:
+    """SAC's and TQC's, learned or set; None if the file does not say."""
     if isinstance(data.get("ent_coef_state"), dict):  # SBX's
         variables = {k: as_array(v) for k, v in as_dict(saved(data, "ent_coef_state").state["params"]).items()}
     if "log_ent_coef" in variables:
         return float(np.exp(np.ravel(variables["log_ent_coef"])[0]))
-    return float(data.get("ent_coef_init", data["ent_coef"]))
+    given = saved(data, "ent_coef_init" if "ent_coef_init" in data else "ent_coef")
+    return None if given is None or isinstance(given, str) else float(as_array(given))
 
 
 def load_model(path: Path) -> Model:
@@ -382,8 +383,8 @@ def load_model(path: Path) -> Model:
         high=high,
         obs_dim=shape[0],
         alpha=entropy_coefficient(data, variables) if squash else None,
-        gamma=float(data["gamma"]),
-        num_timesteps=int(data["num_timesteps"]),
+        gamma=float(as_array(saved(data, "gamma"))),
+        num_timesteps=int(as_array(saved(data, "num_timesteps"))),
         normalised=not squash and data.get("_last_original_obs") is not None,
     )
 
