@@ -1231,7 +1231,7 @@ def check_metadata(metadata: dict[str, str], env_id: str) -> None:
         raise ValueError("its squash is neither true nor false, or its activation none of tanh, relu, elu, silu")
     alpha, gamma, survival, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
     if not (0 <= alpha < np.inf and 0 <= gamma <= 1 and np.isfinite(survival) and obs_clip > 0):
-        raise ValueError(f"one of its {sorted(numbers)} or its obs_clip is impossible")
+        raise ValueError(f"one of {alpha=}, {gamma=}, {survival=}, {obs_clip=} is impossible")
 
 
 def check_arrays(found: dict[str, Any], expected: dict[str, Any]) -> None:
