@@ -104,11 +104,13 @@ class Args:
     prior: Path | None = None
     """the prior's policy file; if not given, priors/<env-id>.safetensors, looked for as README.md says"""
     omega: float = 1.0
-    """weight of the basic task in the objective; sets omega' = 3 omega alpha, and scales the survival reward"""
+    """weight of the basic task in the objective; divides the budget, and scales the survival reward"""
+    budget: float = 1.0
+    """nats per step by which actions may be less likely to the prior than its own are; omega' moves to hold them"""
     omega_prime: float | None = None
-    """weight of log pi, in units of reward per nat, instead of --omega's; the survival reward is then 0 unless given"""
+    """constant weight of log pi, in units of reward per nat, instead of a budget; no survival reward unless given"""
     alpha_hat: float | None = None
-    """temperature of the customised policy, in units of reward per nat; if not given, a third of the prior's alpha"""
+    """constant temperature, reward per nat; if not given, omega' / 3 falling to 0, or alpha / 3 with --omega-prime"""
     survival_reward: float | None = None
     """reward per step, times omega, that an end forgoes; if not given, the prior's file's; 0: the paper's objective"""
     init_from_prior: bool = True
@@ -141,6 +143,8 @@ class Args:
     """coefficient of the value loss"""
     max_grad_norm: float = 0.5
     """the gradient's norm is clipped to this"""
+    desired_kl: float = 0.04
+    """nats of an update's KL that the policy's learning rate follows, from a tenth up to --learning-rate; 0: fixed"""
     target_kl: float | None = None
     """skip an update's remaining epochs once the policy is this far from the rollout's (approximate KL, in nats)"""
 
@@ -287,12 +291,40 @@ def residual_reward(
     return addon_reward + lax.stop_gradient(omega_prime * prior_log_prob - alpha_hat * log_prob) + end_reward
 
 
+def nats_lost(prior: Policy, obs: Array, prior_log_prob: Array, key: Array) -> Array:
+    """log pi(b|s) - log pi(a|s), b ~ pi: how much less likely to the prior actions are than its own, in nats; (...).
+
+    It is what omega' is the price of; a KL divergence counts, too, that a policy gets narrower. prior_log_prob (...) is
+    log pi(a|s).
+    """
+    mean, log_std = action_distribution(prior, obs)
+    own = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, jnp.float32)
+    return policy_log_prob(prior, obs, own) - prior_log_prob
+
+
+def dual_step(omega_prime: Array, lost: Array, budget: float, start: Array) -> Array:
+    """omega' exp(0.03 clip(lost - budget, -1, 1)), both in nats per step, within 0.3 and 10 times its start.
+
+    Dual ascent in log omega', the multiplier of E[nats lost] <= budget, as on SAC's temperature (arXiv 1812.05905). A
+    policy still on its way misses the budget whatever omega' is; the bounds keep that from adding up.
+    """
+    return jnp.clip(omega_prime * jnp.exp(0.03 * jnp.clip(lost - budget, -1, 1)), 0.3 * start, 10 * start)
+
+
 def termination_reward(terminated: Array, survival_reward: float, gamma: float) -> Array:
     """-gamma c / (1 - gamma) where an episode terminates, else 0: up to a constant return the same as c on every step.
 
     c = mean r - alpha mean log pi = (1 - gamma) mean V* under the prior: the value that an end forgoes (README.md).
     """
     return jnp.where(terminated, -gamma * survival_reward / ((1 - gamma) or 1), 0.0)  # with gamma = 1, c is 0
+
+
+def rate_step(rate: Array, kl: Array, desired_kl: float) -> Array:
+    """The rate, times 1.5 after an update by less than half of the desired KL (nats), 1/1.5 after one by over twice.
+
+    arXiv 2109.11978.
+    """
+    return rate * jnp.where(kl < desired_kl / 2, 1.5, jnp.where(kl > 2 * desired_kl, 1 / 1.5, 1))
 
 
 def discounted_sum(start: Array, x: Array, decay: Array, reverse: bool = False) -> Array:
@@ -414,10 +446,13 @@ ADDON_TASKS = {
     "half-cheetah-front-foot": AddonTask("HalfCheetah", "|θ| (rad)", lambda s, a, t: abs(t[..., 7]), lambda x: -10 * x),
     "half-cheetah-energy": AddonTask("HalfCheetah", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
     "hopper-height": AddonTask("Hopper", "z (m)", lambda s, a, t: t[..., 0], lambda z: 10 * (z - 1)),
+    "hopper-upright": AddonTask("Hopper", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -10 * x),
     "ant-right": AddonTask("Ant", "-v_y (m/s)", lambda s, a, t: -t[..., 14], lambda v: v),
+    "ant-left": AddonTask("Ant", "v_y (m/s)", lambda s, a, t: t[..., 14], lambda v: v),
     "ant-energy": AddonTask("Ant", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
     "swimmer-straight": AddonTask("Swimmer", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -0.5 * x),
     "walker-upright": AddonTask("Walker2d", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -10 * x),
+    "walker-height": AddonTask("Walker2d", "z (m)", lambda s, a, t: t[..., 0], lambda z: 10 * (z - 1)),
     "humanoid-right": AddonTask("Humanoid", "-v_y (m/s)", lambda s, a, t: -t[..., 23], lambda v: v),
     "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
 }
@@ -576,6 +611,7 @@ class TrainState:
     return_stats: RunningStats  # of the discounted returns; their standard deviation is the unit of the critic
     return_trace: Array  # the discounted returns under way, (num_envs,)
     iteration: Array
+    policy_rate: Array  # learning rate of the policy, before the schedule bounds it
     actor: Actor = flax.struct.field(pytree_node=False)
     critic: Critic = flax.struct.field(pytree_node=False)
 
@@ -610,12 +646,15 @@ def init_state(args: Args, actor: Actor, obs_dim: int, key: Array) -> TrainState
     obs_stats = RunningStats(obs, obs + 1, jnp.float32(1e-4))
     return_stats = RunningStats(jnp.float32(0), jnp.float32(1), jnp.float32(1e-4))
     opt_state, return_trace = make_optimizer(args).init(params), jnp.zeros(args.num_envs, jnp.float32)
-    return TrainState(params, opt_state, obs_stats, return_stats, return_trace, jnp.int32(0), actor, critic)
+    statistics, policy_rate = (obs_stats, return_stats, return_trace), jnp.float32(args.learning_rate / 10)
+    return TrainState(params, opt_state, *statistics, jnp.int32(0), policy_rate, actor, critic)
 
 
 def improve(loss: Callable, args: Args, state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
     """Pass over a batch args.update_epochs times, or until args.target_kl; the metrics are the last epoch's means."""
     learning_rate = args.learning_rate * (1 - state.iteration / num_iterations(args) if args.anneal_lr else 1)
+    policy_rate = jnp.minimum(learning_rate, state.policy_rate) if args.desired_kl else learning_rate
+    rates = {"actor": policy_rate, "critic": learning_rate}
     loss = partial(loss, clip_coef=args.clip_coef, clip_vloss=args.clip_vloss, vf_coef=args.vf_coef)
 
     @partial(jax.shard_map, mesh=across_devices(P()).mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
@@ -628,7 +667,8 @@ def improve(loss: Callable, args: Args, state: TrainState, batch: Batch, key: Ar
         params, opt_state = carry
         grads, metrics = gradient(params, minibatch)
         updates, opt_state = make_optimizer(args).update(grads, opt_state)
-        return (jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt_state), metrics
+        steps = {part: jax.tree.map(lambda u, rate=rate: rate * u, updates[part]) for part, rate in rates.items()}
+        return (jax.tree.map(jnp.subtract, params, steps), opt_state), metrics
 
     def epoch(carry):
         epochs_done, key, learned, _ = carry
@@ -645,8 +685,9 @@ def improve(loss: Callable, args: Args, state: TrainState, batch: Batch, key: Ar
     metrics = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_fraction"), jnp.float32(0))
     carry = (0, wrap_key(key), (state.params, state.opt_state), metrics)
     *_, (params, opt_state), metrics = lax.while_loop(go_on, epoch, carry)
-    metrics |= {"learning_rate": jnp.float32(learning_rate), "param_norm": optax.tree.norm(params)}
-    return state.replace(params=params, opt_state=opt_state), metrics
+    metrics |= {"learning_rate": jnp.float32(policy_rate), "param_norm": optax.tree.norm(params)}
+    policy_rate = rate_step(policy_rate, metrics["approx_kl"], args.desired_kl) if args.desired_kl else policy_rate
+    return state.replace(params=params, opt_state=opt_state, policy_rate=jnp.float32(policy_rate)), metrics
 
 
 def ppo_update(
@@ -674,22 +715,49 @@ def ppo_update(
     return lax.with_sharding_constraint((state, metrics), across_devices(P()))
 
 
+@flax.struct.dataclass
+class ResidualState(TrainState):
+    """TrainState with omega' and what it started from, (2,); 0 until the add-on reward has a spread."""
+
+    omega_prime: Array
+
+
+def falling_weights(args: Args, state: ResidualState, addon_reward: Array, valid: Array) -> tuple[Array, Array, Array]:
+    """omega', its start, and alpha_hat, a third of omega' that falls to 0 over 70 % of the run.
+
+    At the start a nat costs 0.3 omega standard deviations of the add-on reward, so that its unit does not matter.
+    """
+    spread = jnp.sqrt(masked_mean((addon_reward - masked_mean(addon_reward, valid)) ** 2, valid))
+    omega_prime, start = jnp.where(state.omega_prime > 0, state.omega_prime, 0.3 * args.omega * spread)
+    omega_prime = jnp.where(omega_prime > 0, omega_prime, 1.0)
+    return omega_prime, start, omega_prime / 3 * jnp.maximum(0, 1 - state.iteration / num_iterations(args) / 0.7)
+
+
 @partial(jax.jit, static_argnames="args")
 def residual_update(
     args: Args, prior: Policy, state: TrainState, transitions: Transitions, key: Array
 ) -> tuple[TrainState, Metrics]:
-    """One iteration of Residual PPO."""
+    """One iteration of Residual PPO; a ResidualState, unless omega' is constant."""
     obs, action, valid = transitions.obs[:-1], transitions.action, transitions.valid
     log_prob = policy_log_prob(state.policy, obs, action)
     prior_log_prob = policy_log_prob(prior, obs, action)
     end = termination_reward(transitions.terminated, args.omega * args.survival_reward, args.gamma)
-    weights = args.omega_prime, args.alpha_hat
-    reward = residual_reward(transitions.addon_reward, prior_log_prob, log_prob, end, *weights)
+    omega_prime, alpha_hat = args.omega_prime, args.alpha_hat
+    if omega_prime is None:
+        omega_prime, start, falling = falling_weights(args, state, transitions.addon_reward, valid)
+        alpha_hat = falling if alpha_hat is None else alpha_hat
+    reward = residual_reward(transitions.addon_reward, prior_log_prob, log_prob, end, omega_prime, alpha_hat)
     state, metrics = ppo_update(ppo_loss, args, state, transitions, reward, key)
     if not args.init_from_prior:  # else keep the prior's normaliser, so that the policy changes by learning alone
         state = state.replace(obs_stats=merge_stats(state.obs_stats, obs, valid))
-    kl_to_prior = masked_mean(log_prob - prior_log_prob, valid)
-    return state, {"kl_to_prior": kl_to_prior, "entropy": -masked_mean(log_prob, valid)} | metrics
+    own_key = jax.random.fold_in(wrap_key(key), 2)  # the update splits off 0 and 1
+    lost = masked_mean(nats_lost(prior, obs, prior_log_prob, own_key), valid)
+    if args.omega_prime is None:
+        following = dual_step(omega_prime, lost, args.budget / args.omega, start)
+        state = state.replace(omega_prime=jnp.stack([following, start]))
+    metrics |= {"kl_to_prior": masked_mean(log_prob - prior_log_prob, valid), "nats_lost": lost}
+    metrics |= {"omega_prime": jnp.float32(omega_prime), "alpha_hat": jnp.float32(alpha_hat)}
+    return state, {"entropy": -masked_mean(log_prob, valid)} | metrics
 
 
 # ------------------------------------------------------------------------------ train and main
@@ -713,11 +781,13 @@ def train(env: Env, update: Callable, args: Args, state: TrainState, log: Callab
 def main(args: Args, open_run: Callable) -> None:
     """Customise the prior. open_run is Run, below, or what stands for it in a copy: the log, and who keeps results."""
     prior, prior_info = load_policy(args.prior)
-    args = resolve_args(args, prior, prior_info, PPO_SCALES)
+    constant = args.omega_prime is not None or args.omega == 0
+    args = resolve_args(args, prior, prior_info, PPO_SCALES if constant else None)
     simulator = make_simulator(args.env_id, args.env_kwargs, env_seeds(args.seed, TRAINING, args.num_envs))
     task, actor = ADDON_TASKS[args.addon]._replace(coef=args.addon_coef), prior.actor
     actor = dataclasses.replace(actor, hidden_sizes=args.hidden_sizes)
-    state = init_state(args, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS))
+    state = vars(init_state(args, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS)))
+    state = ResidualState(**state, omega_prime=jnp.zeros(2, jnp.float32))
     if args.init_from_prior:
         state = state.replace(params=state.params | {"actor": prior.params}, obs_stats=prior.obs_stats)
     with open_run(args, simulator, task, state) as run:
@@ -726,25 +796,30 @@ def main(args: Args, open_run: Callable) -> None:
     seeds = np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), 4)  # two policies, with either actions
     eval_env = make_env(make_simulator(args.env_id, args.env_kwargs, seeds), task, actor.squash)
     results = evaluate(eval_env, {"prior": prior, "customised": state.policy}, args.omega, args.seed)
-    run.save_policy(state.policy, args.alpha_hat, results["customised"])
+    run.save_policy(state.policy, args.alpha_hat or 0.0, results["customised"])
+    before, after = (results[name]["stochastic"]["basic"].mean() for name in ("prior", "customised"))
+    if after < 0.7 * before:
+        how = "a smaller --budget" if args.omega_prime is None else "a larger --omega-prime"
+        CONSOLE.print(f"note     the basic return fell from {before:.0f} to {after:.0f}; {how} keeps more of it")
     run.finish(task.label, results)
 
 
-PPO_SCALES = 3, 1 / 3  # by default omega' = 3 omega alpha, alpha_hat = alpha / 3
+PPO_SCALES = 3, 1 / 3  # omega' = 3 omega alpha, alpha_hat = alpha / 3 where they are constants that are not given
 
 
-def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: tuple[float, float]) -> Args:
+def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: tuple[float, float] | None) -> Args:
     """The arguments, with what is not given set by the prior and its file; StopRun if the file does not say it.
 
     A soft-optimal prior asks for omega' = omega alpha. The log-probability of a trained one understates its reward
-    where customisation goes; hence scales, of omega' and alpha_hat (how they were found: results/defaults.md).
+    where customisation goes; hence scales, of omega' and alpha_hat (how they were found: results/defaults.md). Without
+    scales the run finds both by itself, and they stay None here.
     """
     alpha, plain = float(prior_info.get("alpha", 0)), args.omega_prime is not None
-    if alpha == 0 and None in (args.omega_prime, args.alpha_hat):
+    if alpha == 0 and scales and None in (args.omega_prime, args.alpha_hat):
         raise StopRun("the prior's file names no temperature alpha above 0; give --omega-prime and --alpha-hat")
     defaults = {
-        "omega_prime": scales[0] * args.omega * alpha,
-        "alpha_hat": scales[1] * alpha,
+        "omega_prime": scales and scales[0] * args.omega * alpha,
+        "alpha_hat": scales and scales[1] * alpha,
         "survival_reward": 0.0 if plain else float(prior_info.get("survival_reward", 0)),
         "gamma": min(0.99, float(prior_info.get("gamma", 0.99))),  # a fresh critic learns no longer horizon in time
         "hidden_sizes": prior.actor.hidden_sizes,
@@ -934,7 +1009,7 @@ def load_checkpoint(run_dir: Path, template: Any) -> Any:
     return jax.tree.map(jnp.asarray, state).replace(**anew)
 
 
-SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy")  # if there are such metrics
+SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy", "omega_prime")  # if there are such
 CAUSES = {  # of numbers that are not finite, in the order of what follows from what
     "basic_reward": "the environment's own reward",
     "addon_reward": "the reward of the add-on task {addon}, whose quantity or reward wants mending,",
@@ -969,8 +1044,8 @@ class Run(contextlib.AbstractContextManager):
             raise StopRun(what) from None
         self.state = load_checkpoint(self.folder, state) if args.resume else state
         CONSOLE.print(f"{args.env_id} on {jax.devices()[0].device_kind}, run folder {self.folder}")
-        names = ("omega", "omega_prime", "alpha_hat", "survival_reward", "alpha", "ent_coef", "entropy")
-        weights = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        names = ("omega", "budget", "omega_prime", "alpha_hat", "survival_reward", "alpha", "ent_coef", "entropy")
+        weights = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
         shown = (f"{k} = {x:.4g}" if isinstance(x, float) else f"{k} = {x}" for k, x in weights.items())
         CONSOLE.print(f"add-on   {task.coef:g} x the reward on {task.label}\nweights  {', '.join(shown)}")
 

@@ -135,6 +135,8 @@ class Args:
     """coefficient of the value loss"""
     max_grad_norm: float = 0.5
     """the gradient's norm is clipped to this"""
+    desired_kl: float = 0
+    """nats of an update's KL that the policy's learning rate follows, from a tenth up to --learning-rate; 0: fixed"""
     target_kl: float | None = None
     """skip an update's remaining epochs once the policy is this far from the rollout's (approximate KL, in nats)"""
 
@@ -277,6 +279,14 @@ def soft_reward(reward: Array, log_prob: Array, alpha: float) -> Array:
     from the gradient of the maximum-entropy objective.
     """
     return reward - lax.stop_gradient(alpha * log_prob)
+
+
+def rate_step(rate: Array, kl: Array, desired_kl: float) -> Array:
+    """The rate, times 1.5 after an update by less than half of the desired KL (nats), 1/1.5 after one by over twice.
+
+    arXiv 2109.11978.
+    """
+    return rate * jnp.where(kl < desired_kl / 2, 1.5, jnp.where(kl > 2 * desired_kl, 1 / 1.5, 1))
 
 
 def discounted_sum(start: Array, x: Array, decay: Array, reverse: bool = False) -> Array:
@@ -565,6 +575,7 @@ class TrainState:
     return_stats: RunningStats  # of the discounted returns; their standard deviation is the unit of the critic
     return_trace: Array  # the discounted returns under way, (num_envs,)
     iteration: Array
+    policy_rate: Array  # learning rate of the policy, before the schedule bounds it
     actor: Actor = flax.struct.field(pytree_node=False)
     critic: Critic = flax.struct.field(pytree_node=False)
 
@@ -599,12 +610,15 @@ def init_state(args: Args, actor: Actor, obs_dim: int, key: Array) -> TrainState
     obs_stats = RunningStats(obs, obs + 1, jnp.float32(1e-4))
     return_stats = RunningStats(jnp.float32(0), jnp.float32(1), jnp.float32(1e-4))
     opt_state, return_trace = make_optimizer(args).init(params), jnp.zeros(args.num_envs, jnp.float32)
-    return TrainState(params, opt_state, obs_stats, return_stats, return_trace, jnp.int32(0), actor, critic)
+    statistics, policy_rate = (obs_stats, return_stats, return_trace), jnp.float32(args.learning_rate / 10)
+    return TrainState(params, opt_state, *statistics, jnp.int32(0), policy_rate, actor, critic)
 
 
 def improve(loss: Callable, args: Args, state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
     """Pass over a batch args.update_epochs times, or until args.target_kl; the metrics are the last epoch's means."""
     learning_rate = args.learning_rate * (1 - state.iteration / num_iterations(args) if args.anneal_lr else 1)
+    policy_rate = jnp.minimum(learning_rate, state.policy_rate) if args.desired_kl else learning_rate
+    rates = {"actor": policy_rate, "critic": learning_rate}
     loss = partial(loss, clip_coef=args.clip_coef, clip_vloss=args.clip_vloss, vf_coef=args.vf_coef)
 
     @partial(jax.shard_map, mesh=across_devices(P()).mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
@@ -617,7 +631,8 @@ def improve(loss: Callable, args: Args, state: TrainState, batch: Batch, key: Ar
         params, opt_state = carry
         grads, metrics = gradient(params, minibatch)
         updates, opt_state = make_optimizer(args).update(grads, opt_state)
-        return (jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt_state), metrics
+        steps = {part: jax.tree.map(lambda u, rate=rate: rate * u, updates[part]) for part, rate in rates.items()}
+        return (jax.tree.map(jnp.subtract, params, steps), opt_state), metrics
 
     def epoch(carry):
         epochs_done, key, learned, _ = carry
@@ -634,8 +649,9 @@ def improve(loss: Callable, args: Args, state: TrainState, batch: Batch, key: Ar
     metrics = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_fraction"), jnp.float32(0))
     carry = (0, wrap_key(key), (state.params, state.opt_state), metrics)
     *_, (params, opt_state), metrics = lax.while_loop(go_on, epoch, carry)
-    metrics |= {"learning_rate": jnp.float32(learning_rate), "param_norm": optax.tree.norm(params)}
-    return state.replace(params=params, opt_state=opt_state), metrics
+    metrics |= {"learning_rate": jnp.float32(policy_rate), "param_norm": optax.tree.norm(params)}
+    policy_rate = rate_step(policy_rate, metrics["approx_kl"], args.desired_kl) if args.desired_kl else policy_rate
+    return state.replace(params=params, opt_state=opt_state, policy_rate=jnp.float32(policy_rate)), metrics
 
 
 def ppo_update(
@@ -937,7 +953,7 @@ def load_checkpoint(run_dir: Path, template: Any) -> Any:
     return jax.tree.map(jnp.asarray, state).replace(**anew)
 
 
-SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy")  # if there are such metrics
+SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy", "omega_prime")  # if there are such
 CAUSES = {  # of numbers that are not finite, in the order of what follows from what
     "basic_reward": "the environment's own reward",
     "addon_reward": "the reward of the add-on task {addon}, whose quantity or reward wants mending,",
@@ -972,8 +988,8 @@ class Run(contextlib.AbstractContextManager):
             raise StopRun(what) from None
         self.state = load_checkpoint(self.folder, state) if args.resume else state
         CONSOLE.print(f"{args.env_id} on {jax.devices()[0].device_kind}, run folder {self.folder}")
-        names = ("omega", "omega_prime", "alpha_hat", "survival_reward", "alpha", "ent_coef", "entropy")
-        weights = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        names = ("omega", "budget", "omega_prime", "alpha_hat", "survival_reward", "alpha", "ent_coef", "entropy")
+        weights = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
         shown = (f"{k} = {x:.4g}" if isinstance(x, float) else f"{k} = {x}" for k, x in weights.items())
         CONSOLE.print(f"add-on   {task.coef:g} x the reward on {task.label}\nweights  {', '.join(shown)}")
 

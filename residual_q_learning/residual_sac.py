@@ -391,10 +391,13 @@ ADDON_TASKS = {
     "half-cheetah-front-foot": AddonTask("HalfCheetah", "|θ| (rad)", lambda s, a, t: abs(t[..., 7]), lambda x: -10 * x),
     "half-cheetah-energy": AddonTask("HalfCheetah", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
     "hopper-height": AddonTask("Hopper", "z (m)", lambda s, a, t: t[..., 0], lambda z: 10 * (z - 1)),
+    "hopper-upright": AddonTask("Hopper", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -10 * x),
     "ant-right": AddonTask("Ant", "-v_y (m/s)", lambda s, a, t: -t[..., 14], lambda v: v),
+    "ant-left": AddonTask("Ant", "v_y (m/s)", lambda s, a, t: t[..., 14], lambda v: v),
     "ant-energy": AddonTask("Ant", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
     "swimmer-straight": AddonTask("Swimmer", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -0.5 * x),
     "walker-upright": AddonTask("Walker2d", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -10 * x),
+    "walker-height": AddonTask("Walker2d", "z (m)", lambda s, a, t: t[..., 0], lambda z: 10 * (z - 1)),
     "humanoid-right": AddonTask("Humanoid", "-v_y (m/s)", lambda s, a, t: -t[..., 23], lambda v: v),
     "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
 }
@@ -745,18 +748,19 @@ def main(args: Args, open_run: Callable) -> None:
 SAC_SCALES = 3, 1  # by default omega' = 3 omega alpha, alpha_hat = alpha
 
 
-def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: tuple[float, float]) -> Args:
+def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: tuple[float, float] | None) -> Args:
     """The arguments, with what is not given set by the prior and its file; StopRun if the file does not say it.
 
     A soft-optimal prior asks for omega' = omega alpha. The log-probability of a trained one understates its reward
-    where customisation goes; hence scales, of omega' and alpha_hat (how they were found: results/defaults.md).
+    where customisation goes; hence scales, of omega' and alpha_hat (how they were found: results/defaults.md). Without
+    scales the run finds both by itself, and they stay None here.
     """
     alpha, plain = float(prior_info.get("alpha", 0)), args.omega_prime is not None
-    if alpha == 0 and None in (args.omega_prime, args.alpha_hat):
+    if alpha == 0 and scales and None in (args.omega_prime, args.alpha_hat):
         raise StopRun("the prior's file names no temperature alpha above 0; give --omega-prime and --alpha-hat")
     defaults = {
-        "omega_prime": scales[0] * args.omega * alpha,
-        "alpha_hat": scales[1] * alpha,
+        "omega_prime": scales and scales[0] * args.omega * alpha,
+        "alpha_hat": scales and scales[1] * alpha,
         "survival_reward": 0.0 if plain else float(prior_info.get("survival_reward", 0)),
         "gamma": min(0.99, float(prior_info.get("gamma", 0.99))),  # a fresh critic learns no longer horizon in time
         "hidden_sizes": prior.actor.hidden_sizes,
@@ -946,7 +950,7 @@ def load_checkpoint(run_dir: Path, template: Any) -> Any:
     return jax.tree.map(jnp.asarray, state).replace(**anew)
 
 
-SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy")  # if there are such metrics
+SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy", "omega_prime")  # if there are such
 CAUSES = {  # of numbers that are not finite, in the order of what follows from what
     "basic_reward": "the environment's own reward",
     "addon_reward": "the reward of the add-on task {addon}, whose quantity or reward wants mending,",
@@ -981,8 +985,8 @@ class Run(contextlib.AbstractContextManager):
             raise StopRun(what) from None
         self.state = load_checkpoint(self.folder, state) if args.resume else state
         CONSOLE.print(f"{args.env_id} on {jax.devices()[0].device_kind}, run folder {self.folder}")
-        names = ("omega", "omega_prime", "alpha_hat", "survival_reward", "alpha", "ent_coef", "entropy")
-        weights = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        names = ("omega", "budget", "omega_prime", "alpha_hat", "survival_reward", "alpha", "ent_coef", "entropy")
+        weights = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
         shown = (f"{k} = {x:.4g}" if isinstance(x, float) else f"{k} = {x}" for k, x in weights.items())
         CONSOLE.print(f"add-on   {task.coef:g} x the reward on {task.label}\nweights  {', '.join(shown)}")
 

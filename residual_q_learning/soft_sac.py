@@ -389,10 +389,13 @@ ADDON_TASKS = {
     "half-cheetah-front-foot": AddonTask("HalfCheetah", "|θ| (rad)", lambda s, a, t: abs(t[..., 7]), lambda x: -10 * x),
     "half-cheetah-energy": AddonTask("HalfCheetah", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
     "hopper-height": AddonTask("Hopper", "z (m)", lambda s, a, t: t[..., 0], lambda z: 10 * (z - 1)),
+    "hopper-upright": AddonTask("Hopper", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -10 * x),
     "ant-right": AddonTask("Ant", "-v_y (m/s)", lambda s, a, t: -t[..., 14], lambda v: v),
+    "ant-left": AddonTask("Ant", "v_y (m/s)", lambda s, a, t: t[..., 14], lambda v: v),
     "ant-energy": AddonTask("Ant", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
     "swimmer-straight": AddonTask("Swimmer", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -0.5 * x),
     "walker-upright": AddonTask("Walker2d", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -10 * x),
+    "walker-height": AddonTask("Walker2d", "z (m)", lambda s, a, t: t[..., 0], lambda z: 10 * (z - 1)),
     "humanoid-right": AddonTask("Humanoid", "-v_y (m/s)", lambda s, a, t: -t[..., 23], lambda v: v),
     "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
 }
@@ -904,7 +907,7 @@ def load_checkpoint(run_dir: Path, template: Any) -> Any:
     return jax.tree.map(jnp.asarray, state).replace(**anew)
 
 
-SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy")  # if there are such metrics
+SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy", "omega_prime")  # if there are such
 CAUSES = {  # of numbers that are not finite, in the order of what follows from what
     "basic_reward": "the environment's own reward",
     "addon_reward": "the reward of the add-on task {addon}, whose quantity or reward wants mending,",
@@ -939,8 +942,8 @@ class Run(contextlib.AbstractContextManager):
             raise StopRun(what) from None
         self.state = load_checkpoint(self.folder, state) if args.resume else state
         CONSOLE.print(f"{args.env_id} on {jax.devices()[0].device_kind}, run folder {self.folder}")
-        names = ("omega", "omega_prime", "alpha_hat", "survival_reward", "alpha", "ent_coef", "entropy")
-        weights = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        names = ("omega", "budget", "omega_prime", "alpha_hat", "survival_reward", "alpha", "ent_coef", "entropy")
+        weights = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
         shown = (f"{k} = {x:.4g}" if isinstance(x, float) else f"{k} = {x}" for k, x in weights.items())
         CONSOLE.print(f"add-on   {task.coef:g} x the reward on {task.label}\nweights  {', '.join(shown)}")
 

@@ -27,6 +27,7 @@ PPO = {
     "learning_rate": 3e-3,
     "target_kl": 1e9,
     "gamma": 0.99,
+    "desired_kl": 0,
 }
 ARGS = residual_ppo.Args(**PPO, omega=0.5, omega_prime=0.2, alpha_hat=0.3, survival_reward=0.0)
 KEY = residual_ppo.seed_words(1, residual_ppo.UPDATE)

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "results"))
@@ -30,26 +31,37 @@ def test_no_run_is_counted_twice_and_all_are_of_reporting_seeds(name):
     rows = reproduce.read_rows(reproduce.RESULTS / f"{name}.csv")
     keys = [(row["env_id"], row["label"], row["seed"]) for row in rows]
     assert len(keys) == len(set(keys))
-    assert {int(row["seed"]) for row in rows} <= ({21, 22} if "tuning" in name else {101, 102, 103, 104, 105})
+    seeds = {101, 102, 103, 104, 105} if name in ("entropy", "clock", "soft-sac") else {201, 202, 203, 204, 205}
+    assert {int(row["seed"]) for row in rows} <= ({21, 22} if "tuning" in name else seeds)
 
 
-def test_mean_and_interval_of_a_known_sample():
-    """The bootstrap interval of a normal sample is close to mean ± 1.96 standard errors."""
-    sample = np.random.default_rng(0).normal(50, 10, 400)
-    mean, low, high = (float(x.strip("[],")) for x in reproduce.mean_and_interval(list(sample), 2).split())
-    error = sample.std() / 20
-    assert mean == pytest.approx(sample.mean(), abs=0.01)
-    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
+def test_intervals_and_p_values_of_known_samples():
+    """t = 2.776 for five values, from a table; Welch's t and its degrees of freedom by formulas."""
+    sample = [3.0, 5.0, 4.0, 8.0, 10.0]
+    mean, half = (float(x) for x in reproduce.mean_and_interval(sample, 3).split(" ± "))
+    error = np.sqrt(np.var(sample, ddof=1) / 5)
+    assert (mean, half) == pytest.approx((6, 2.776 * error), abs=2e-3)
+
+    def runs(values):
+        return [{"policy stochastic total": str(x), "policy deterministic total": str(-x)} for x in values]
+
+    other = [9.0, 11.0, 12.0]
+    errors = [np.var(x, ddof=1) / len(x) for x in (sample, other)]
+    t = (np.mean(sample) - np.mean(other)) / np.sqrt(sum(errors))
+    freedom = sum(errors) ** 2 / sum(e**2 / (len(x) - 1) for e, x in zip(errors, (sample, other), strict=True))
+    p = 2 * scipy.stats.t.sf(abs(t), freedom)
+    assert reproduce.welch(runs(sample), runs(other)) == f"{p:.2g} / {p:.2g}"
+    assert reproduce.welch(runs(sample), runs(other[:1])) == "–"
 
 
 def test_only_a_run_with_the_same_flags_stands_for_one_of_another_table(tmp_path):
     """Of the table clock the flags do not say all: the algorithm is the label."""
-    for name in ("clock", "customisation"):
-        (tmp_path / f"{name}.csv").write_text((reproduce.RESULTS / f"{name}.csv").read_text())
     greedy = next(setting for setting in reproduce.customisation() if setting.label == "Greedy PPO")
     clock = next(setting for setting in reproduce.clock() if setting.label == "soft_ppo.py")
+    for name, setting in (("clock", clock), ("customisation", greedy)):
+        reproduce.write_rows(tmp_path / f"{name}.csv", [setting._asdict() | {"seed": 201}])
     wanted = [greedy, greedy._replace(flags="--omega 0.7"), clock._replace(label="another algorithm")]
-    reused = reproduce.rows_of_other_tables([(x._replace(label=f"like {x.label}"), 101) for x in wanted], tmp_path)
+    reused = reproduce.rows_of_other_tables([(x._replace(label=f"like {x.label}"), 201) for x in wanted], tmp_path)
     assert [row["label"] for row in reused] == ["like Greedy PPO"]
 
 
