@@ -96,13 +96,13 @@ BAD_INPUT = {
     "prior empty": ("residual_ppo", ("--prior", "../inputs/empty.safetensors"), "empty.safetensors"),
     "prior of another env": ("residual_ppo", (*GOOD, "--env-id", "Walker2d-v4"), "HalfCheetah-v4.*Walker2d-v4"),
     "prior of no deviation": ("residual_ppo", ("--prior", "../inputs/narrow.safetensors"), "actor_logstd"),
-    "prior without alpha": ("residual_ppo", ("--prior", "../inputs/no_alpha.safetensors"), "alpha.*--omega-prime"),
-    "prior with alpha 0": ("residual_ppo", ("--prior", "../inputs/alpha_0.safetensors"), "alpha.*--omega-prime"),
+    "prior without alpha": ("residual_sac", ("--prior", "../inputs/no_alpha.safetensors"), "alpha.*--omega-prime"),
+    "prior with alpha 0": ("residual_sac", ("--prior", "../inputs/alpha_0.safetensors"), "alpha.*--omega-prime"),
     "alpha 0, only omega-prime": (
         "residual_ppo", ("--prior", "../inputs/alpha_0.safetensors", "--omega-prime", 0.1), "--alpha-hat",
     ),
     "alpha 0, only alpha-hat": (
-        "residual_ppo", ("--prior", "../inputs/alpha_0.safetensors", "--alpha-hat", 0.1), "--omega-prime",
+        "residual_sac", ("--prior", "../inputs/alpha_0.safetensors", "--alpha-hat", 0.1), "--omega-prime",
     ),
     "hidden sizes not the prior's": ("residual_ppo", (*GOOD, "--hidden-sizes", 32, 32), "--no-init-from-prior"),
     "add-on unknown": ("residual_ppo", (*GOOD, "--addon", "fly"), "fly.*half-cheetah-front-foot"),

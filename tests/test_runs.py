@@ -506,7 +506,10 @@ QUANTITIES = {
     "ant-energy": energy,
     "half-cheetah-front-foot": lambda data: (abs(data.joint("ffoot").qpos[0]), -10 * abs(data.joint("ffoot").qpos[0])),
     "hopper-height": lambda data: (data.qpos[1], 10 * (data.qpos[1] - 1)),
+    "hopper-upright": lambda data: (abs(data.joint("rooty").qpos[0]), -10 * abs(data.joint("rooty").qpos[0])),
+    "walker-height": lambda data: (data.qpos[1], 10 * (data.qpos[1] - 1)),
     "ant-right": lambda data: (-data.qvel[1], -data.qvel[1]),
+    "ant-left": lambda data: (data.qvel[1], data.qvel[1]),
     "swimmer-straight": lambda data: (
         abs(data.joint("motor1_rot").qpos[0]),
         -abs(data.joint("motor1_rot").qpos[0]) / 2,
