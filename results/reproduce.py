@@ -254,7 +254,7 @@ def run_script(setting: Setting, seed: int, smoke: bool) -> dict[str, object]:
         metrics = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True)
     row = {
         "commit": info["git_commit"][:7],
-        "episodes": info["args"]["eval_episodes"],
+        "episodes": str(info["args"]["eval_episodes"]),
         "minutes": f"{metrics['elapsed_s'][-1] / 60:.2f}",
     }
     row |= {name: f"{metrics[name][-1]:.4g}" for name in ("kl_to_prior",) if name in metrics.dtype.names}
