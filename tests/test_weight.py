@@ -203,3 +203,14 @@ def test_a_foreign_prior_needs_no_flags_and_a_resumed_run_keeps_weight_and_rate(
     assert rate[0] == pytest.approx(3e-5)
     assert rate[before] > 5 * rate[0]
     assert float(read_policy(run_dir / "policy.safetensors")[1]["alpha"]) == 0
+
+
+@pytest.mark.parametrize(("before", "after", "said"), [(100, 69, True), (100, 71, False), (-100, -131, True)])
+def test_a_prior_that_is_lost_is_said_with_the_flag_that_keeps_it(before, after, said):
+    def evaluation(basic):
+        names = ("objective", "total", "basic", "addon", "quantity", "length")
+        return dict.fromkeys(("stochastic", "deterministic"), {name: np.full(3, float(basic)) for name in names})
+
+    table = residual_ppo.results_table("x", {"prior": evaluation(before), "customised": evaluation(after)})
+    assert ("--omega" in (table.caption or "")) == said
+    assert residual_ppo.results_table("x", {"policy": evaluation(after)}).caption is None
