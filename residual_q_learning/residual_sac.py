@@ -1064,8 +1064,8 @@ class Run(contextlib.AbstractContextManager):
         """Show an iteration in TensorBoard and on the terminal."""
         for name, value in metrics.items():
             self.tensorboard.add_scalar(name, value, global_step)
-        values = [f"{name.partition('_')[0]} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
-        text = " ".join([f"{speed:,.0f} steps/s", *values])
+        shown = {name.replace("_prime", "'").partition("_")[0]: metrics[name] for name in SHOWN if name in metrics}
+        text = " ".join([f"{speed:,.0f} steps/s", *(f"{name} {x:.4g}" for name, x in shown.items())])
         self.bar.update(self.task, completed=global_step, description=text)
         if self.bar.disable and (time.time() >= self.next_line or global_step >= self.total):
             self.next_line = time.time() + 10
