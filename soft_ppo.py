@@ -941,7 +941,7 @@ def load_checkpoint(run_dir: Path, template: Any) -> Any:
 SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy", "omega_prime")  # if there are such
 CAUSES = {  # of numbers that are not finite, in the order of what follows from what
     "basic_reward": "the environment's own reward",
-    "addon_reward": "the reward of the add-on task {addon}, whose quantity or reward wants mending,",
+    "addon_reward": "the reward of the add-on task {addon}, whose quantity {label} or reward wants mending,",
     "kl_to_prior": "log pi of the prior, whose deviation is too small or whose mean is too far away,",
 }
 
@@ -961,6 +961,7 @@ class Run(contextlib.AbstractContextManager):
         check_simulator(args, simulator, task, state)
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}".replace("/", "-")
         self.folder, self.args, self.simulator = args.resume or args.runs_dir / name, args, simulator.version
+        self.label = task.label
         if args.track:
             start_tracking(args, self.folder.name)
         if not args.resume:
@@ -1026,7 +1027,8 @@ class Run(contextlib.AbstractContextManager):
         metrics = jax.device_get(metrics)
         if bad := [name for name, value in metrics.items() if not np.isfinite(value)]:
             cause = next((text for name, text in CAUSES.items() if name in bad), None)
-            what = f"{cause.format(addon=getattr(self.args, 'addon', ''))} is" if cause else f"{', '.join(bad)} are"
+            names = {"addon": getattr(self.args, "addon", ""), "label": self.label}
+            what = f"{cause.format(**names)} is" if cause else f"{', '.join(bad)} are"
             what += f" not finite in iteration {iteration}; the state before it is in {self.folder}"
             raise StopRun(what + ("" if cause else "; try a lower learning rate"), exit_code=1)
         if metrics.pop("episodes_seen") == 0:
