@@ -1,5 +1,6 @@
 """What the world around a run can do to it costs one line, and nothing that could be saved."""
 
+import errno
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import flax.serialization
@@ -20,6 +22,7 @@ from tensorboardX.proto.event_pb2 import Event
 import residual_ppo
 import soft_ppo
 import soft_sac
+import train_prior_ppo
 
 HOPPER = ROOT / "priors" / "Hopper-v4.safetensors"
 
@@ -111,6 +114,75 @@ def test_result_of_enjoy_that_does_not_fit_on_the_disk_leaves_no_file(tmp_path):
     assert process.returncode == 1
     assert process.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prior_is_published_where_there_are_no_hard_links_and_a_full_disk_leaves_nothing_of_it(tmp_path, monkeypatch):
+    """As on a USB stick or a network's drive; the name that was claimed is given back."""
+
+    def refuse(code):
+        def function(*_, **__):
+            raise OSError(code, os.strerror(code))
+
+        return function
+
+    monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    monkeypatch.setattr(Path, "hardlink_to", refuse(errno.EPERM))
+    export = tmp_path / "priors" / "prior.safetensors"
+    train_prior_ppo.publish(HOPPER, export)
+    assert export.read_bytes() == HOPPER.read_bytes()
+    export.unlink()
+    monkeypatch.setattr(os, "replace", refuse(errno.ENOSPC))
+    with pytest.raises(train_prior_ppo.StopRun, match="No space left on device; copy it yourself") as stop:
+        train_prior_ppo.publish(HOPPER, export)
+    assert stop.value.exit_code == 1
+    assert str(HOPPER) in str(stop.value)
+    assert list(export.parent.iterdir()) == []
+
+
+def test_picture_that_cannot_be_drawn_names_its_size(tmp_path):
+    """On a machine without a renderer, too."""
+    process = run_script("enjoy", HOPPER, "--video", tmp_path / "a.mp4", "--video-size", 200_000, 100_000)
+    assert process.returncode == 2
+    assert re.fullmatch(
+        r"enjoy\.py: --video cannot draw .*--video-size 200000 100000 .*smaller size.*\n", process.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def pasted(command, folder):
+    """The words of a printed command, as a shell in a folder understands it."""
+    words = subprocess.run(["sh", "-c", f"printf '%s\\n' {command}"], cwd=folder, capture_output=True, text=True)
+    assert words.stderr == ""
+    return words.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", ["my work", "it's $HOME; & more"])
+def test_printed_commands_can_be_pasted_whatever_the_folder_is_called(name, tmp_path, monkeypatch, capsys):
+    """Those that go on with a run and that watch it; run folder and script are named relative to where one is."""
+    work = tmp_path / name
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "argv", ["../my scripts/residual_ppo.py"])
+    args = residual_ppo.Args(env_id="Hopper-v4", runs_dir=Path("my runs"), prior=HOPPER, addon="none", progress=False)
+    policy, info = residual_ppo.load_policy(HOPPER)
+    args = residual_ppo.resolve_args(args, policy, info, residual_ppo.PPO_SCALES)
+    simulator = residual_ppo.make_simulator("Hopper-v4", "{}", np.arange(2))
+    state = residual_ppo.init_state(args, policy.actor, 11, residual_ppo.seed_words(1, residual_ppo.NETWORKS))
+    run = residual_ppo.Run(args, simulator, residual_ppo.ADDON_TASKS["none"], state)
+    run.interrupt(signal.SIGTERM, None)
+    with pytest.raises(residual_ppo.StopRun) as stop, run:
+        run.write(1, state, {"basic_return": 1.0, "entropy": 1.0, "episodes_seen": 1})
+    _, _, command = str(stop.value).partition("continue with: ")
+    assert pasted(command, work) == ["python", "../my scripts/residual_ppo.py", "--resume", str(run.folder)]
+    assert (work / run.folder / "checkpoint.msgpack").exists()
+
+    episodes = dict.fromkeys(("objective", "total", "basic", "addon", "quantity", "length"), np.ones(2))
+    run.finish("–", {"prior": dict.fromkeys(residual_ppo.ACTIONS, episodes)})
+    _, _, command = capsys.readouterr().out.partition("to watch it: ")
+    _, player, folder, window = pasted(command, work)
+    assert (work / player).samefile(ROOT / "enjoy.py")
+    assert (work / folder).samefile(work / run.folder)
+    assert window == "--window"
 
 
 def test_tracking_that_cannot_start_is_said_before_there_is_a_run(tmp_path, monkeypatch):

@@ -311,6 +311,21 @@ def test_no_reader_takes_a_bad_file(tmp_path, what):
         residual_ppo.check_policy_file(path, "Some-v4")
 
 
+@pytest.mark.parametrize("log_std", [-10.0, 10.0, -10.01, 10.01])
+def test_both_readers_take_a_log_std_up_to_10_and_name_one_beyond(tmp_path, log_std):
+    path, tensors, metadata = policy_file(tmp_path, "tanh", None)
+    tensors = {name: x.astype(np.float32) for name, x in tensors.items()}
+    tensors["actor_logstd"][1] = log_std
+    safetensors.numpy.save_file(tensors, path, metadata)
+    readers = (enjoy, enjoy.read_policy), (residual_ppo, lambda path: residual_ppo.check_policy_file(path, "Some-v4"))
+    for module, read in readers:
+        if abs(log_std) > 10:
+            with pytest.raises(module.StopRun, match="actor_logstd .* beyond ±10"):
+                read(path)
+        else:
+            read(path)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_policy_files_end_in_one_line(tmp_path):
     """400 files, each with some bytes changed, cut or doubled, are read or refused in both readers."""
