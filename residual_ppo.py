@@ -105,8 +105,8 @@ class Args:
     """the prior's policy file; if not given, priors/<env-id>.safetensors, looked for as README.md says"""
     omega: float = 1.0
     """weight of the basic task in the objective; divides the budget, and scales the survival reward"""
-    budget: float = 1.0
-    """nats per step by which actions may be less likely to the prior than its own are; omega' moves to hold them"""
+    budget: float = 2.0
+    """nats by which mean actions may differ from the prior's, n²/2 for n of its deviations; omega' moves to hold it"""
     omega_prime: float | None = None
     """constant weight of log pi, in units of reward per nat, instead of a budget; no survival reward unless given"""
     alpha_hat: float | None = None
@@ -291,24 +291,23 @@ def residual_reward(
     return addon_reward + lax.stop_gradient(omega_prime * prior_log_prob - alpha_hat * log_prob) + end_reward
 
 
-def nats_lost(prior: Policy, obs: Array, prior_log_prob: Array, key: Array) -> Array:
-    """log pi(b|s) - log pi(a|s), b ~ pi: how much less likely to the prior actions are than its own, in nats; (...).
+def mean_shift(policy: Policy, prior: Policy, obs: Array) -> Array:
+    """sum ((mu_theta - mu) / sigma)^2 / 2: how far mean actions are from the prior's; (..., obs_dim) -> (...).
 
-    It is what omega' is the price of; a KL divergence counts, too, that a policy gets narrower. prior_log_prob (...) is
-    log pi(a|s).
+    In nats, the KL divergence from the prior if the policy had its deviation sigma. Its own is left out: that the KL
+    divergence grows when a policy gets narrower is nothing that omega' log pi could mend.
     """
-    mean, log_std = action_distribution(prior, obs)
-    own = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, jnp.float32)
-    return policy_log_prob(prior, obs, own) - prior_log_prob
+    (mean, _), (prior_mean, log_std) = action_distribution(policy, obs), action_distribution(prior, obs)
+    return jnp.sum(((mean - prior_mean) * jnp.exp(-log_std)) ** 2, axis=-1) / 2
 
 
-def dual_step(omega_prime: Array, lost: Array, budget: float, start: Array) -> Array:
-    """omega' exp(0.03 clip(lost - budget, -1, 1)), both in nats per step, within 0.3 and 10 times its start.
+def dual_step(omega_prime: Array, shift: Array, budget: float, start: Array) -> Array:
+    """omega' exp(0.03 clip(shift - budget, -1, 1)), both in nats per step, within 0.3 and 10 times its start.
 
-    Dual ascent in log omega', the multiplier of E[nats lost] <= budget, as on SAC's temperature (arXiv 1812.05905). A
+    Dual ascent in log omega', the multiplier of E[mean_shift] <= budget, as on SAC's temperature (arXiv 1812.05905). A
     policy still on its way misses the budget whatever omega' is; the bounds keep that from adding up.
     """
-    return jnp.clip(omega_prime * jnp.exp(0.03 * jnp.clip(lost - budget, -1, 1)), 0.3 * start, 10 * start)
+    return jnp.clip(omega_prime * jnp.exp(0.03 * jnp.clip(shift - budget, -1, 1)), 0.3 * start, 10 * start)
 
 
 def termination_reward(terminated: Array, survival_reward: float, gamma: float) -> Array:
@@ -725,10 +724,10 @@ class ResidualState(TrainState):
 def falling_weights(args: Args, state: ResidualState, addon_reward: Array, valid: Array) -> tuple[Array, Array, Array]:
     """omega', its start, and alpha_hat, a third of omega' that falls to 0 over 70 % of the run.
 
-    At the start a nat costs 0.3 omega standard deviations of the add-on reward, so that its unit does not matter.
+    At the start a nat costs 0.3 standard deviations of the add-on reward, so that its unit does not matter.
     """
     spread = jnp.sqrt(masked_mean((addon_reward - masked_mean(addon_reward, valid)) ** 2, valid))
-    omega_prime, start = jnp.where(state.omega_prime > 0, state.omega_prime, 0.3 * args.omega * spread)
+    omega_prime, start = jnp.where(state.omega_prime > 0, state.omega_prime, 0.3 * spread)
     omega_prime = jnp.where(omega_prime > 0, omega_prime, 1.0)
     return omega_prime, start, omega_prime / 3 * jnp.maximum(0, 1 - state.iteration / num_iterations(args) / 0.7)
 
@@ -741,6 +740,7 @@ def residual_update(
     obs, action, valid = transitions.obs[:-1], transitions.action, transitions.valid
     log_prob = policy_log_prob(state.policy, obs, action)
     prior_log_prob = policy_log_prob(prior, obs, action)
+    shift = masked_mean(mean_shift(state.policy, prior, obs), valid)
     end = termination_reward(transitions.terminated, args.omega * args.survival_reward, args.gamma)
     omega_prime, alpha_hat = args.omega_prime, args.alpha_hat
     if omega_prime is None:
@@ -750,12 +750,10 @@ def residual_update(
     state, metrics = ppo_update(ppo_loss, args, state, transitions, reward, key)
     if not args.init_from_prior:  # else keep the prior's normaliser, so that the policy changes by learning alone
         state = state.replace(obs_stats=merge_stats(state.obs_stats, obs, valid))
-    own_key = jax.random.fold_in(wrap_key(key), 2)  # the update splits off 0 and 1
-    lost = masked_mean(nats_lost(prior, obs, prior_log_prob, own_key), valid)
     if args.omega_prime is None:
-        following = dual_step(omega_prime, lost, args.budget / args.omega, start)
+        following = dual_step(omega_prime, shift, args.budget / args.omega, start)
         state = state.replace(omega_prime=jnp.stack([following, start]))
-    metrics |= {"kl_to_prior": masked_mean(log_prob - prior_log_prob, valid), "nats_lost": lost}
+    metrics |= {"kl_to_prior": masked_mean(log_prob - prior_log_prob, valid), "mean_shift": shift}
     metrics |= {"omega_prime": jnp.float32(omega_prime), "alpha_hat": jnp.float32(alpha_hat)}
     return state, {"entropy": -masked_mean(log_prob, valid)} | metrics
 
