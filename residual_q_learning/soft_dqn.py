@@ -772,7 +772,7 @@ def load_checkpoint(run_dir: Path, template: Any) -> Any:
     return jax.tree.map(jnp.asarray, state).replace(**anew)
 
 
-SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy")  # if there are such metrics
+SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy", "omega_prime")  # if there are such
 
 
 class DiscreteRun(contextlib.AbstractContextManager):
@@ -898,6 +898,9 @@ def results_table(quantity: str, results: Results) -> rich.table.Table:
     for name, digits in {"objective": 0, "total": 0, "basic": 0, "addon": 0, "quantity": 3, "length": 0}.items():
         cells = [f"{x[name].mean():.{digits}f} ± {x[name].std():.{digits}f}" for x in columns.values()]
         table.add_row({"addon": "add-on", "quantity": quantity}.get(name, name), *cells)
+    basic = [x["stochastic"]["basic"].mean() for x in results.values()]  # the prior's is the first, if there is one
+    if basic[-1] < basic[0] - 0.3 * abs(basic[0]):
+        table.caption = f"basic return fell from {basic[0]:.0f} to {basic[-1]:.0f}; a larger --omega keeps more of it"
     return table
 
 

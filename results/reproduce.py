@@ -475,8 +475,10 @@ def overview() -> str:
     lines = [f"| | {' | '.join(names)} |", "|---" * 5 + "|"]
     for env_id in dict.fromkeys(setting.env_id for setting in default()):
         groups: dict[str, list[dict[str, str]]] = {}
-        for row in (row for row in rows if row["env_id"] == env_id):
+        for row in (row for row in rows if row["env_id"] == env_id and row["label"] != "Residual PPO, ω = 0.5"):
             groups.setdefault(row["label"], []).append(row)
+        if not groups:
+            continue
         kl = [runs for label, runs in groups.items() if label.startswith("KL PPO") and label.endswith("with c")]
         best = max(kl, key=lambda runs: sum(sum(totals(runs, "policy"), [])) / len(runs), default=[])
         found = [totals(groups.get(DEFAULT, []), "prior"), totals(best, "policy")]
