@@ -724,7 +724,8 @@ class ResidualState(TrainState):
 def falling_weights(args: Args, state: ResidualState, addon_reward: Array, valid: Array) -> tuple[Array, Array, Array]:
     """omega', its start, and alpha_hat, a third of omega' that falls to 0 over 70 % of the run.
 
-    At the start a nat costs 0.3 standard deviations of the add-on reward, so that its unit does not matter.
+    At the start a nat costs 0.3 standard deviations of the add-on reward, so that its unit does not matter; omega' is 1
+    as long as there is no such deviation.
     """
     spread = jnp.sqrt(masked_mean((addon_reward - masked_mean(addon_reward, valid)) ** 2, valid))
     omega_prime, start = jnp.where(state.omega_prime > 0, state.omega_prime, 0.3 * spread)
