@@ -280,9 +280,10 @@ def check_policy(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Nu
         raise ValueError(f"its activation is {metadata['activation']}, none of {', '.join(ACTIVATIONS)}")
     if "log_std" in metadata and "actor_logstd" in tensors:
         raise ValueError("it has log_std, which is for a deviation that depends on the state; leave that key out")
-    alpha, gamma, survival, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
-    if not (0 <= alpha < math.inf and 0 <= gamma <= 1 and math.isfinite(survival) and obs_clip > 0):
-        raise ValueError(f"one of {alpha=}, {gamma=}, {survival=}, {obs_clip=} is impossible")
+    alpha, gamma, survival_reward, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
+    if not (0 <= alpha < math.inf and 0 <= gamma <= 1 and math.isfinite(survival_reward) and obs_clip > 0):
+        numbers = f"{alpha=}, {gamma=}, {survival_reward=}, {obs_clip=}"
+        raise ValueError(f"one of its numbers is impossible: {numbers}")
     hidden_sizes = parse_widths(metadata["hidden_sizes"])
     check_tensors(tensors, hidden_sizes)
     names = [f"actor_mean.{2 * i}" for i in range(len(hidden_sizes) + 1)]

@@ -1292,9 +1292,10 @@ def check_metadata(metadata: dict[str, str], env_id: str) -> None:
         raise ValueError(f"it is for {metadata['env_id']}, not {env_id}; change --env-id or the policy")
     if metadata["squash"] not in ("true", "false") or metadata["activation"] not in ("tanh", "relu", "elu", "silu"):
         raise ValueError("its squash is neither true nor false, or its activation none of tanh, relu, elu, silu")
-    alpha, gamma, survival, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
-    if not (0 <= alpha < np.inf and 0 <= gamma <= 1 and np.isfinite(survival) and obs_clip > 0):
-        raise ValueError(f"one of {alpha=}, {gamma=}, {survival=}, {obs_clip=} is impossible")
+    alpha, gamma, survival_reward, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
+    if not (0 <= alpha < np.inf and 0 <= gamma <= 1 and np.isfinite(survival_reward) and obs_clip > 0):
+        numbers = f"{alpha=}, {gamma=}, {survival_reward=}, {obs_clip=}"
+        raise ValueError(f"one of its numbers is impossible: {numbers}")
 
 
 def check_arrays(found: dict[str, Any], expected: dict[str, Any]) -> None:
