@@ -1,0 +1,225 @@
+"""residual_mppi.py: the weights are those of its objective, and its model is the environment."""
+
+import json
+
+import gymnasium
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+
+import enjoy
+import residual_mppi
+
+ENVS = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Swimmer-v4", "Hopper-v5", "Walker2d-v5")
+OBJECTIVE = residual_mppi.Objective(0.1, 0.1, 5.0, 0.99, True)
+SCRIPT = "residual_q_learning/residual_mppi"
+
+
+def prior_of(env_id):
+    """The shipped prior of an environment, of any version."""
+    return ROOT / "priors" / f"{env_id.partition('-')[0]}-v4.safetensors"
+
+
+def open_model(env_id, threads=1):
+    """An environment after 20 steps of noise, its model, and its policy."""
+    env = gymnasium.make(env_id, disable_env_checker=True)
+    env.reset(seed=3)
+    env.action_space.seed(3)
+    for _ in range(20):
+        obs, _, ended, _, _ = env.step(env.action_space.sample())
+        if ended:
+            obs, _ = env.reset()
+    policy = residual_mppi.read_policy(prior_of(env_id))
+    return env, residual_mppi.make_model(env, env_id, threads), policy, obs
+
+
+def next_action(env_id, threads=1, seed=0, noise_scale=1.0, num_samples=8, objective=OBJECTIVE):
+    """What is planned after 20 steps of noise."""
+    env, model, policy, obs = open_model(env_id, threads)
+    planner = residual_mppi.Planner(2, 2, num_samples, noise_scale, objective)
+    _, addon = residual_mppi.named_task(env_id, None, 1.0)
+    u = residual_mppi.plan(model, policy, addon, planner, np.random.default_rng(seed))
+    return residual_mppi.bounded(policy, u, env.action_space.low, env.action_space.high), obs, env, policy
+
+
+def lq_samples(rng, num_samples, horizon, k):
+    """s' = s + u from s_0 = 1, prior N(-s / 2, 0.8^2), r_R = -s'^2 / 2: actions, score parts, log g; and the quadratic.
+
+    The quadratic is (A, b) of -u A u / 2 + b u, apart from a constant, of sum r_R and of sum log pi.
+    """
+    gain, std = 0.5, 0.8
+    steps = np.tril(np.ones((horizon, horizon)))  # s_{t+1} = 1 + sum_{i <= t} u_i
+    before = steps - np.eye(horizon)
+    reward = steps.T @ steps, -steps.T @ np.ones(horizon)
+    deviation = np.eye(horizon) + gain * before  # u_t + s_t / 2 = deviation u + 1 / 2
+    log_prob = deviation.T @ deviation / std**2, -deviation.T @ np.full(horizon, gain) / std**2
+    u = np.linalg.solve(deviation, k * std * rng.standard_normal((num_samples, horizon)).T - gain).T  # closed loop
+    return u, reward, log_prob
+
+
+@pytest.mark.parametrize(("omega_prime", "temperature", "k"), [(0.5, 0.5, 1.0), (1.0, 0.4, 1.3), (0.3, 0.6, 1.5)])
+def test_weighted_mean_is_the_closed_form_on_a_linear_quadratic_problem(omega_prime, temperature, k):
+    """With the division: max E[S] + lambda H; without: max E[S] - lambda KL(q || g). Both are Gaussians."""
+    u, reward, log_prob = lq_samples(np.random.default_rng(0), 400_000, 3, k)
+
+    def value(quadratic):
+        return -0.5 * np.einsum("ki,ij,kj->k", u, quadratic[0], u) + u @ quadratic[1]
+
+    score, log_g = value(reward) + omega_prime * value(log_prob), value(log_prob) / k**2
+    for log_proposal, more in ((log_g, 0.0), (0 * log_g, temperature / k**2)):
+        weights = residual_mppi.sample_weights(score, log_proposal, temperature)
+        weight = omega_prime + more  # g is log pi's square over k^2
+        mean = np.linalg.solve(reward[0] + weight * log_prob[0], reward[1] + weight * log_prob[1])
+        np.testing.assert_allclose(weights @ u, mean, atol=0.02)
+        covariance = temperature * np.linalg.inv(reward[0] + weight * log_prob[0])
+        np.testing.assert_allclose((weights[:, None] * (u - mean)).T @ (u - mean), covariance, atol=0.03)
+
+
+def test_log_density_integrates_to_one_over_squashed_actions():
+    a = np.linspace(-1, 1, 400_001)[1:-1]
+    mean, log_std = np.array([0.4]), np.array([-0.3])
+    density = np.exp(residual_mppi.log_density(np.arctanh(a)[:, None], mean, log_std, True))
+    assert np.sum(density) * (a[1] - a[0]) == pytest.approx(1, abs=1e-4)
+
+
+def test_score_is_the_discounted_sum_with_the_loss_of_an_end():
+    imagined = residual_mppi.Imagined(
+        np.zeros((2, 1, 1)), np.array([[1.0, 2, 3], [1, 2, 0]]), np.array([[0, 0, 0], [0, 1, 0]]),
+        np.array([[-4.0], [-5]]), np.zeros((2, 1)),
+    )  # fmt: skip
+    objective = residual_mppi.Objective(0.5, 1.0, 2.0, 0.9, True)
+    first = 1 + 0.9 * 2 + 0.81 * 3 - 0.5 * 4
+    second = 1 + 0.9 * (2 - 0.9 * 2 / 0.1) - 0.5 * 5
+    np.testing.assert_allclose(residual_mppi.scores(imagined, objective), [first, second])
+
+
+def test_greedy_ignores_the_priors_density():
+    """Its score, whatever log pi is; and by the division also its weights, if all r_R are equal, of uniform q."""
+    rng = np.random.default_rng(0)
+    addon, log_prob = rng.normal(size=(5, 3)), rng.normal(size=(5, 2))
+    greedy = OBJECTIVE._replace(omega_prime=0.0)
+    one, other = (
+        residual_mppi.scores(residual_mppi.Imagined(None, addon, 0 * addon, x, None), greedy)
+        for x in (log_prob, -9 * log_prob)
+    )
+    np.testing.assert_array_equal(one, other)
+    weights = residual_mppi.sample_weights(np.zeros(5), log_prob.sum(1), 0.1)
+    np.testing.assert_allclose(weights * np.exp(log_prob.sum(1)), np.full(5, weights[0] * np.exp(log_prob[0].sum())))
+
+
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Ant-v4"])
+def test_one_sample_without_noise_is_the_prior(env_id):
+    action, obs, env, policy = next_action(env_id, noise_scale=0.0, num_samples=1)
+    space = env.action_space
+    expected = enjoy.act(enjoy.read_policy(prior_of(env_id)), obs.astype(np.float32), 0, space.low, space.high)
+    np.testing.assert_allclose(action, expected, atol=1e-6)
+    other = next_action(env_id, num_samples=1)[0]
+    assert abs(action - other).max() > 0.01
+
+
+def test_pairs_of_noise_cancel_where_all_weights_are_equal():
+    """At a temperature that levels r_R, at omega' = lambda, gamma 1, the plan is the prior's mean."""
+    level = residual_mppi.Objective(1e9, 1e9, 0.0, 1.0, True)
+    planned, mean = (next_action("Hopper-v4", num_samples=8, objective=level, noise_scale=k)[0] for k in (1.0, 0.0))
+    np.testing.assert_allclose(planned, mean, atol=1e-5)
+
+
+def test_same_seed_plans_the_same_with_any_number_of_threads():
+    plans = [next_action("Ant-v4", threads)[0] for threads in (1, 2, 3)]
+    np.testing.assert_array_equal(plans[0], plans[1])
+    np.testing.assert_array_equal(plans[0], plans[2])
+    assert abs(plans[0] - next_action("Ant-v4", seed=1)[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("env_id", ENVS)
+def test_observations_and_ends_of_states_are_gymnasiums(env_id):
+    """On states far and near, also such that are unhealthy, and faster than what is clipped."""
+    env, model, _, _ = open_model(env_id)
+    env, rng, states, wanted, ended = env.unwrapped, np.random.default_rng(0), [], [], []
+    for scale in np.tile((0.01, 0.3, 3.0, 20.0), 25):
+        qpos = env.init_qpos + 0.2 * min(scale, 3) * rng.standard_normal(env.model.nq)
+        env.set_state(qpos, scale * rng.standard_normal(env.model.nv))
+        states.append(residual_mppi.present_state(model))
+        wanted.append(env._get_obs())
+        ended.append(getattr(env, "terminated", False) if "v4" in env_id else not getattr(env, "is_healthy", True))
+    states = np.reshape(states, (10, 10, -1))
+    found = residual_mppi.observations(model, states)
+    np.testing.assert_array_equal(found, np.float32(wanted).reshape(10, 10, -1))
+    np.testing.assert_array_equal(residual_mppi.terminated(model, states).ravel(), ended)
+    assert 5 < sum(ended) < 95 or not hasattr(env, "is_healthy")
+
+
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Ant-v4"])
+def test_model_foresees_the_environment_to_the_last_digits(env_id):
+    env, model, _, _ = open_model(env_id)
+    action = env.action_space.sample()
+    warmstart = env.unwrapped.data.qacc_warmstart.copy()
+    state = residual_mppi.simulate(model, residual_mppi.present_state(model)[None], action[None], warmstart)
+    env.step(action)
+    np.testing.assert_allclose(state[0], residual_mppi.present_state(model), atol=1e-12)
+
+
+def test_rollouts_count_nothing_after_an_end():
+    """An Ant that stands at the rim of its healthy range falls out of it in the first steps."""
+    env, model, policy, _ = open_model("Ant-v4")
+    env = env.unwrapped
+    qvel = np.zeros(env.model.nv)
+    qvel[2] = 4.0
+    env.set_state(np.concatenate((env.init_qpos[:2], [0.95], env.init_qpos[3:])), qvel)
+    _, addon = residual_mppi.named_task("Ant-v4", None, 1.0)
+    planner = residual_mppi.Planner(2, 4, 4, 1.0, OBJECTIVE)
+    noise = residual_mppi.noise_pairs(np.random.default_rng(0), 4, 2, 8)
+    imagined = residual_mppi.imagine(model, policy, addon, noise, planner)
+    np.testing.assert_array_equal(imagined.ended, [[1, 0, 0, 0, 0, 0]] * 4)
+    assert (imagined.addon[:, 0] != 0).all()
+    assert not imagined.addon[:, 1:].any()
+    assert not imagined.log_prob[:, 1].any()
+
+
+def test_the_script_plays_and_writes_what_it_played(tmp_path):
+    """Residual planning betters the prior's add-on reward; the prior is enjoy.py's, with deterministic actions."""
+    flags = ("--env-id", "HalfCheetah-v4", "--seed", 61, "--max-steps", 60, "--threads", 1)
+    done = run_script(SCRIPT, *flags, "--prior", prior_of("HalfCheetah-v4"), "--json", tmp_path / "played.json")
+    assert done.returncode == 0, done.stderr
+    players = json.loads((tmp_path / "played.json").read_text())["players"]
+    prior, greedy, residual = (player["episodes"][0] for player in players)
+    assert [player["name"] for player in players] == ["prior", "greedy", "residual"]
+    assert residual["addon"] > prior["addon"]
+    assert residual["total"] != greedy["total"]
+    env, policy = gymnasium.make("HalfCheetah-v4"), enjoy.read_policy(prior_of("HalfCheetah-v4"))
+    game = enjoy.play(env, policy, enjoy.ADDON_TASKS["half-cheetah-front-foot"], 61, True)
+    episode = [next(game) for _ in range(61)][-1]
+    assert prior["total"] == pytest.approx(episode.total, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--env-id", "Humanoid-v4"), "cannot be planned"),
+        (("--env-id", "Hopper-v4", "--prior", ROOT / "priors" / "Ant-v4.safetensors"), "cannot play in"),
+        (("--env-id", "Ant-v5", "--prior", ROOT / "priors" / "Ant-v4.safetensors"), "have shapes"),
+        (("--num-samples", "0"), "--num-samples is 0"),
+        (("--noise-scale", "nan"), "--noise-scale is nan"),
+        (("--temperature", "0"), "--temperature is 0"),
+        (("--tail", "-1"), "--tail is -1"),
+        (("--gamma", "1.5"), "--gamma is 1.5"),
+        (("--addon", "moon"), "moon is no add-on task"),
+        (("--prior", "nowhere.safetensors"), "no policy nowhere.safetensors"),
+        (("--json", "played.txt"), "must end in .json"),
+        (("--env-id", "Nothing-v4", "--prior", ROOT / "priors" / "Ant-v4.safetensors"), "cannot play in"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_exit_code_2(flags, said, monkeypatch, capsys):
+    import tyro
+
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(residual_mppi.StopRun, match=said) as stop:
+        residual_mppi.main(tyro.cli(residual_mppi.Args, args=[str(x) for x in flags]))
+    assert stop.value.exit_code == 2
+    assert len(str(stop.value).splitlines()) == 1
+
+
+def test_bad_input_prints_no_traceback():
+    done = run_script(SCRIPT, "--num-samples", 0)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["residual_mppi.py: --num-samples is 0; it must be finite and above 0"]
