@@ -8,7 +8,7 @@
 """Residual-MPPI: customise a prior by planning, without training, with MuJoCo's own dynamics as the model.
 
 In every step, --num-samples rollouts of the prior's mean actions start from the present state.  Their first H actions
-(--horizon) are disturbed, with the prior's deviation times --noise-scale k; then --tail more steps are not:
+(--horizon) are disturbed, with the prior's deviation times k (--noise-scale); then --tail more steps are not:
 
     a_t = tanh(u_t),  u_t = mean(s_t) + k sigma(s_t) eps_t,  eps_t ~ N(0, 1) for t < H, else 0.
 
@@ -21,15 +21,15 @@ E_q[S] + lambda H(q).  So the objective is Residual Policy Gradient's, r_R + ome
 alpha_hat = lambda (--temperature), over H steps.  Three remarks:
 
 Samples near the prior carry log pi in their density.  Without the division by g (--no-importance, as MPPI is mostly
-written) q maximises E_q[S] - lambda KL(q || g), which for k = 1 is the same with omega' + lambda instead of omega'.
+written) q maximises E_q[S] - lambda KL(q || g), which for k = H = 1 is the same with omega' + lambda instead of omega'.
 Greedy planning, omega' = 0, then still pays lambda for its KL to the prior; only the division makes it forget that.
-At omega' = lambda, k = 1, gamma = 1 the division cancels log pi: w = exp(sum r_R / lambda).
+At omega' = lambda and k = H = 1, the defaults, the division cancels log pi: w = exp(sum gamma^t r_R / lambda).
 
 What is the value at the end of the horizon?  alpha log pi = r + gamma V(s') - V(s) is shaped: its sum has the basic
 task's value in it, so H may be small.  The add-on reward has no such term.  The tail estimates its value, that of going
 on as the prior; there, no step differs from the prior's, so that no log pi counts.
 
-A Gaussian's log pi knows nothing of falls.  As in residual_ppo.py, an end costs omega gamma c / (1 - gamma), with the
+A Gaussian's log pi knows nothing of falls.  As in residual_ppo.py, an end costs gamma c / (1 - gamma), with the
 survival reward c of the prior's file.
 
 Residual-MPPI: arXiv 2407.00898; the residual objective: arXiv 2306.09526, 2503.11019.
@@ -48,12 +48,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mujoco
-import mujoco.rollout
 import numpy as np
 import rich.box
 import rich.console
@@ -77,34 +75,32 @@ class Args:
     """how many to play, each by the prior, by greedy and by residual planning"""
     seed: int = 1
     """seed of the first episode, of its environment and its noise; the next one's is 1 higher"""
-    max_steps: int | None = None
-    """end each episode after so many steps"""
+    max_steps: int = 1000
+    """an episode ends after so many"""
     addon: str | None = None
     """add-on task; if not given, the environment's own"""
     addon_coef: float = 1.0
     """factor on the add-on reward"""
 
     # objective
-    omega: float = 1.0
-    """weight of the basic task: sets omega' = omega alpha, and scales the survival reward"""
     omega_prime: float | None = None
-    """weight of log pi, in reward per nat, instead of --omega's; greedy planning has 0"""
+    """weight of log pi, in reward per nat; if not given, the prior's alpha; greedy planning has 0"""
     temperature: float | None = None
-    """lambda, in reward per nat; if not given, alpha"""
+    """lambda, in reward per nat; if not given, the prior's alpha"""
     survival_reward: float | None = None
     """c, in reward per step, that an end forgoes; if not given, that of the prior's file"""
-    gamma: float | None = None
-    """discount; if not given, that of the prior's file, up to 0.99"""
+    gamma: float = 0.99
+    """discount"""
 
     # planning
     horizon: int = 1
     """H, how many actions differ from the prior's mean"""
     tail: int | None = None
-    """steps of the prior's mean actions after them; if not given, see TAILS"""
-    num_samples: int = 32
-    """rollouts in every step"""
+    """steps of the prior's mean actions after them; if not given, see ROBOTS"""
+    num_samples: int | None = None
+    """K, rollouts in every step; if not given, see ROBOTS"""
     noise_scale: float = 1.0
-    """deviation of the samples, as a multiple of the prior's"""
+    """k, deviation of the samples, as a multiple of the prior's"""
     importance: bool = True
     """divide the weights by the density of the samples"""
     threads: int | None = None
@@ -115,12 +111,8 @@ class Args:
     """write every episode to this new .json file"""
     video: Path | None = None
     """record the first episode, prior, greedy and residual side by side, to this new .mp4 or .gif file"""
-    video_steps: int | None = None
-    """record no more than so many steps"""
     video_size: tuple[int, int] = (480, 360)
-    """width and height of the picture of one policy, in pixels"""
-    video_fps: float = 20.0
-    """about so many frames per second; a video plays at the robot's speed and leaves out steps between frames"""
+    """width and height of the picture of one of them, in pixels"""
 
 
 class StopRun(Exception):
@@ -166,13 +158,30 @@ ADDON_TASKS = {
 
 def named_task(env_id: str, name: str | None, coef: float) -> tuple[str, AddonTask]:
     """An add-on task and its name; None: the environment's default. StopRun if the environment has no such task."""
-    env = env_id.rpartition("-v")[0]
-    choices = [key for key, task in ADDON_TASKS.items() if task.env in (env, "")]
+    choices = [key for key, task in ADDON_TASKS.items() if task.env in (env_id.rpartition("-v")[0], "")]
     name = {None: choices[0], "default": choices[0], "None": "none"}.get(name, name)
     if name not in choices:
         hint = f"give --addon one of {', '.join(choices)}, or add its line to ADDON_TASKS"
         raise StopRun(f"{name} is no add-on task that is known here for {env_id}; {hint}")
     return name, ADDON_TASKS[name]._replace(coef=coef)
+
+
+def check_task(name: str, task: AddonTask, obs: np.ndarray, action: np.ndarray) -> None:
+    """StopRun unless a task gives a finite number for an observation (obs_dim,) and an action (action_dim,)."""
+    obs, action = (np.tile(np.float32(x), (2, 3, 1)) for x in (obs, action))  # so that t[7] is no t[..., 7]
+    try:
+        with np.errstate(all="ignore"):
+            reward = task.reward(task.quantity(obs, action, obs))
+        if np.shape(reward) != (2, 3):
+            raise ValueError(f"it has shape {np.shape(reward)} for observations of shape {obs.shape}")
+        if np.iscomplexobj(reward) or not np.isfinite(reward).all():
+            raise ValueError(f"it is {np.ravel(reward)[0]} for the first observation")
+    except Exception as error:  # a task is code of the user's
+        how = (
+            "use indices as in t[..., 3], operators, abs, and functions of xp, as xp.minimum; no if, min, float or jnp"
+        )
+        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise StopRun(f"the add-on task {name} cannot be computed: {what}; {how}") from None
 
 
 # -------------------------------------------------------------------------------- policy files
@@ -185,8 +194,34 @@ class NumpyPolicy(NamedTuple):
     squash: bool  # the action is tanh(u), stretched to the bounds; else u, clipped to them
     activation: Callable  # after every layer but the last
     obs_clip: float  # bound of normalised observations
+    log_std: Callable  # makes the log standard deviation of what the network gives, if that is where it comes from
     layers: list[tuple[np.ndarray, np.ndarray]]  # weight (out, in) and bias (out,) of each
     tensors: dict[str, np.ndarray]  # all, float32, as named in the file
+
+
+ACTIVATIONS = {
+    "tanh": np.tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
+    "silu": lambda x: x * (1 + np.tanh(x / 2)) / 2,  # x sigmoid(x), without overflow
+}
+
+
+def log_std_form(text: str) -> Callable:
+    """The function that the metadata key log_std names (see priors/README.md); ValueError if it names none."""
+    kind, *numbers = text.split() or [""]
+    bounds = [float(number) for number in numbers]
+    if kind in ("clip", "tanh") and len(bounds) == 2 and -20 <= bounds[0] < bounds[1] <= 20:
+        low, high = bounds
+        if kind == "clip":
+            return lambda x: np.clip(x, low, high)
+        return lambda x: low + (high - low) / 2 * (np.tanh(x) + 1)
+    if kind == "softplus" and len(bounds) == 1 and 1e-8 <= bounds[0] <= 1:
+        return lambda x: np.log(np.logaddexp(0, x) + bounds[0])
+    raise ValueError(
+        f"its log_std is {text!r}; it can be clip LOW HIGH or tanh LOW HIGH, -20 <= LOW < HIGH <= 20, "
+        "or softplus MIN, 1e-8 <= MIN <= 1"
+    )
 
 
 def policy_digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
@@ -215,27 +250,35 @@ def read_policy(path: Path) -> NumpyPolicy:
 def check_policy(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> NumpyPolicy:
     """Make a policy of a file's contents; ValueError says what is wrong with them."""
     tensors = {name: array for name, array in tensors.items() if not name.startswith("critic.")}
-    required = {"env_id", "squash", "hidden_sizes", "activation"}
-    optional = {"obs_clip", "alpha", "gamma", "survival_reward", "measured_alpha", "returns", "training"}
-    if wrong := (required - metadata.keys()) | (metadata.keys() - required - optional - {"sha256", "format"}):
+    required, numbers = {"env_id", "squash", "hidden_sizes", "activation"}, {"alpha", "gamma", "survival_reward"}
+    known = required | numbers | {"obs_clip", "log_std", "measured_alpha", "format", "returns", "training", "sha256"}
+    if wrong := (required - metadata.keys()) | (metadata.keys() - known):
         raise ValueError(f"the metadata {sorted(wrong)} are missing or unknown")
     if metadata.get("sha256", digest := policy_digest(tensors, metadata)) != digest:
         raise ValueError("it is damaged (its sha256 does not match); copy or export it anew")
     if metadata["squash"] not in ("true", "false"):
         raise ValueError(f"its squash is {metadata['squash']}, neither true nor false")
-    activations = {"tanh": np.tanh, "relu": lambda x: np.maximum(x, 0)}
-    if metadata["activation"] not in activations:
-        raise ValueError(f"its activation is {metadata['activation']}, neither tanh nor relu")
-    if not (obs_clip := float(metadata.get("obs_clip", 10))) > 0:
-        raise ValueError(f"its obs_clip is {metadata['obs_clip']}, and must be above 0")
+    if metadata["activation"] not in ACTIVATIONS:
+        raise ValueError(f"its activation is {metadata['activation']}, none of {', '.join(ACTIVATIONS)}")
+    if "log_std" in metadata and "actor_logstd" in tensors:
+        raise ValueError("it has log_std, which is for a deviation that depends on the state; leave that key out")
+    alpha, gamma, survival, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
+    if not (0 <= alpha < math.inf and 0 <= gamma <= 1 and math.isfinite(survival) and obs_clip > 0):
+        raise ValueError(f"one of its {sorted(numbers)} or its obs_clip is impossible")
     hidden_sizes = json.loads(metadata["hidden_sizes"])
     if type(hidden_sizes) is not list or not all(type(size) is int and size > 0 for size in hidden_sizes):
         raise ValueError(f"its hidden_sizes are {metadata['hidden_sizes']}, not a list of widths")
     check_tensors(tensors, hidden_sizes)
     names = [f"actor_mean.{2 * i}" for i in range(len(hidden_sizes) + 1)]
-    layers = [(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names]
-    activation, squash = activations[metadata["activation"]], metadata["squash"] == "true"
-    return NumpyPolicy(metadata["env_id"], squash, activation, obs_clip, layers, tensors)
+    return NumpyPolicy(
+        env_id=metadata["env_id"],
+        squash=metadata["squash"] == "true",
+        activation=ACTIVATIONS[metadata["activation"]],
+        obs_clip=float(metadata.get("obs_clip", 10)),
+        log_std=log_std_form(metadata.get("log_std", "clip -20 2")),
+        layers=[(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names],
+        tensors=tensors,
+    )
 
 
 def check_tensors(tensors: dict[str, np.ndarray], hidden_sizes: list[int]) -> None:
@@ -258,6 +301,8 @@ def check_tensors(tensors: dict[str, np.ndarray], hidden_sizes: list[int]) -> No
             raise ValueError(f"{name} is {tensors[name].dtype} {tensors[name].shape}, not float32 {shape}")
         if not np.isfinite(tensors[name]).all() or (name == "obs_var" and (tensors[name] < 0).any()):
             raise ValueError(f"{name} has impossible entries (NaN, infinite, or a negative variance)")
+    if np.abs(tensors.get("actor_logstd", 0)).max() > 10:
+        raise ValueError("actor_logstd has entries beyond ±10, with which float32 cannot train")
 
 
 def default_prior(env_id: str) -> Path:
@@ -284,7 +329,7 @@ def mean_and_log_std(policy: NumpyPolicy, obs: np.ndarray) -> tuple[np.ndarray, 
     mean = x @ weight.T + bias
     if "actor_logstd" in tensors:
         return mean, tensors["actor_logstd"]
-    return mean, np.clip(x @ tensors["actor_logstd.weight"].T + tensors["actor_logstd.bias"], -20, 2)
+    return mean, policy.log_std(x @ tensors["actor_logstd.weight"].T + tensors["actor_logstd.bias"])
 
 
 def bounded(policy: NumpyPolicy, u: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -295,28 +340,14 @@ def bounded(policy: NumpyPolicy, u: np.ndarray, low: np.ndarray, high: np.ndarra
 # --------------------------------------------------------------------------------- mathematics
 
 
-OMEGA_PRIME, TEMPERATURE = 1.0, 1.0  # defaults of omega' and lambda, at omega = 1, in units of the prior's alpha
-TAILS = {"HalfCheetah": 1, "Hopper": 29, "Walker2d": 9, "Ant": 3}  # default of --tail, in steps; else 4
-
-
 class Imagined(NamedTuple):
     """What K rollouts in the model have come to; after an end there are zeros."""
 
-    u: np.ndarray  # (K, H, action_dim), the disturbed actions before squashing
+    u: np.ndarray  # (K, H + tail, action_dim), the actions before squashing
     addon: np.ndarray  # (K, H + tail), add-on reward of each step
     ended: np.ndarray  # (K, H + tail), 1 where the episode terminates in this step
-    log_prob: np.ndarray  # (K, H), log pi of the prior
-    log_proposal: np.ndarray  # (K, H), log g of the distribution that the actions are drawn from
-
-
-class Objective(NamedTuple):
-    """What planning maximises."""
-
-    omega_prime: float  # reward per nat
-    temperature: float  # lambda, reward per nat
-    survival_reward: float  # omega c, reward per step
-    gamma: float
-    importance: bool  # divide by the density of the samples
+    log_prob: np.ndarray  # (K, H + tail), log pi of the prior; in the tail 0
+    log_proposal: np.ndarray  # (K, H + tail), log g of the distribution that the actions are drawn from; in the tail 0
 
 
 def log_density(u: np.ndarray, mean: np.ndarray, log_std: np.ndarray, squash: bool) -> np.ndarray:
@@ -332,13 +363,11 @@ def log_density(u: np.ndarray, mean: np.ndarray, log_std: np.ndarray, squash: bo
     return log_prob.sum(-1)
 
 
-def scores(imagined: Imagined, objective: Objective) -> np.ndarray:
+def scores(imagined: Imagined, omega_prime: float, survival_reward: float, gamma: float) -> np.ndarray:
     """S of each rollout, (K,): sum gamma^t (r_R + omega' log pi), less gamma c / (1 - gamma) where it ends."""
-    gamma, (steps, horizon) = objective.gamma, (imagined.addon.shape[1], imagined.log_prob.shape[1])
-    discount = gamma ** np.arange(steps)
-    end = gamma * objective.survival_reward / ((1 - gamma) or 1)  # with gamma = 1, c is 0
-    score = (discount * (imagined.addon - end * imagined.ended)).sum(1)
-    return score + objective.omega_prime * (discount[:horizon] * imagined.log_prob).sum(1)
+    end = gamma * survival_reward / (1 - gamma)
+    reward = imagined.addon + omega_prime * imagined.log_prob - end * imagined.ended
+    return reward @ gamma ** np.arange(reward.shape[1])
 
 
 def sample_weights(score: np.ndarray, log_proposal: np.ndarray, temperature: float) -> np.ndarray:
@@ -364,21 +393,21 @@ def noise_pairs(rng: np.random.Generator, num_samples: int, horizon: int, action
 
 
 class Robot(NamedTuple):
-    """How Gymnasium makes observation and end of a MuJoCo state."""
+    """How Gymnasium observes a robot's state, which is time, positions, velocities; and how much planning it needs."""
 
-    hidden: int  # leading positions, those in the world, that the observation leaves out
+    hidden: int  # positions in the world, the first ones, which the observation leaves out
     max_speed: float  # bound of the observed velocities
-    height: int | None = None  # index among the positions of what must stay in the healthy z range
-    angle: int | None = None  # and in the healthy angle range
+    height: int  # index, in the state, of what must stay in the healthy z range, if there is one
+    num_samples: int  # default; with the tail, about what two cores do in real time, but on HalfCheetah
+    tail: int  # default
 
 
-# An environment with other observations is refused; check_model compares with Gymnasium's own.
 ROBOTS = {
-    "HalfCheetah": Robot(1, np.inf),
-    "Hopper": Robot(1, 10, 1, 2),
-    "Walker2d": Robot(1, 10, 1, 2),
-    "Ant": Robot(2, np.inf, 2),
-    "Swimmer": Robot(2, np.inf),
+    "HalfCheetah": Robot(1, np.inf, 2, num_samples=64, tail=1),
+    "Hopper": Robot(1, 10, 2, num_samples=16, tail=19),
+    "Walker2d": Robot(1, 10, 2, num_samples=16, tail=9),
+    "Ant": Robot(2, np.inf, 3, num_samples=64, tail=3),
+    "Swimmer": Robot(2, np.inf, 3, num_samples=32, tail=4),
 }
 
 
@@ -387,124 +416,92 @@ class Model(NamedTuple):
 
     env: Any  # Gymnasium's environment, unwrapped
     robot: Robot
-    pool: mujoco.rollout.Rollout
-    data: list[mujoco.MjData]  # one for each thread
+    pool: Any  # mujoco.rollout.Rollout
+    data: list[Any]  # an mujoco.MjData for each thread
 
 
-def make_model(env: Any, env_id: str, threads: int) -> Model:
-    """The model of an environment; StopRun if it is none whose state can be set and observed here."""
-    robot, env = ROBOTS.get(env_id.rpartition("-v")[0]), env.unwrapped
-    if robot is None or not hasattr(env, "set_state"):
-        known = ", ".join(ROBOTS)
-        raise StopRun(f"{env_id} cannot be planned: its state cannot be set, or not be observed, here; choose {known}")
-    if not env._exclude_current_positions_from_observation:
-        robot = robot._replace(hidden=0)
-    pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)  # 0: in this thread
-    return Model(env, robot, pool, [mujoco.MjData(env.model) for _ in range(threads)])
+def make_model(env_id: str, threads: int) -> Model:
+    """An environment and its model; StopRun if it does not open, or its state cannot be set and observed here."""
+    robot = ROBOTS.get(env_id.rpartition("-v")[0])
+    try:
+        import gymnasium
+        import mujoco.rollout
+
+        warnings.filterwarnings("ignore", message=".*is out of date")  # who plays v4 knows
+        mujoco.set_mju_user_warning(lambda message: None)  # which would go to a file in the working folder
+        env = gymnasium.make(env_id, disable_env_checker=True).unwrapped
+        obs, _ = env.reset(seed=0)
+    except Exception as error:  # each environment fails in its own way
+        raise StopRun(f"Gymnasium cannot open {env_id} ({error})") from None
+    if robot is not None:
+        pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)  # 0: in this thread
+        model = Model(env, robot, pool, [mujoco.MjData(env.model) for _ in range(threads)])
+        if np.array_equal(observations(model, present_state(model)), obs.astype(np.float32)):
+            return model
+    choice = ", ".join(name for name in ROBOTS)
+    raise StopRun(f"{env_id} cannot be planned: its state cannot be set, or not be observed, here; choose {choice}")
 
 
 def present_state(model: Model) -> np.ndarray:
     """The environment's state, (state_dim,): time, positions, velocities."""
-    kind = mujoco.mjtState.mjSTATE_FULLPHYSICS
-    state = np.empty(mujoco.mj_stateSize(model.env.model, kind))
-    mujoco.mj_getState(model.env.model, model.env.data, state, kind)
-    return state
+    data = model.env.data
+    return np.concatenate(([data.time], data.qpos, data.qvel))
 
 
-def simulate(model: Model, state: np.ndarray, action: np.ndarray, warmstart: np.ndarray | None = None) -> np.ndarray:
+def simulate(model: Model, state: np.ndarray, action: np.ndarray) -> np.ndarray:
     """The states after one step of the environment each, (K, state_dim).
 
-    Args: state (K, state_dim); action (K, action_dim), in the environment's units; warmstart (nv,), the accelerations
-    from which the contact solver starts, which decide the last digits.
+    Args: state (K, state_dim); action (K, action_dim), in the environment's units.
     """
     control = np.repeat(action[:, None].astype(np.float64), model.env.frame_skip, axis=1)
-    warmstart = None if warmstart is None else np.tile(warmstart, (len(state), 1))
-    return model.pool.rollout(model.env.model, model.data, state, control, initial_warmstart=warmstart)[0][:, -1]
+    return model.pool.rollout(model.env.model, model.data, state, control)[0][:, -1]
 
 
 def observations(model: Model, state: np.ndarray) -> np.ndarray:
     """Gymnasium's observations of states (..., state_dim): (..., obs_dim), float32."""
-    robot, nq, nv = model.robot, model.env.model.nq, model.env.model.nv
-    position, velocity = state[..., 1 + robot.hidden : 1 + nq], state[..., 1 + nq : 1 + nq + nv]
-    velocity = np.clip(velocity, -robot.max_speed, robot.max_speed)
-    return np.concatenate((position, velocity), -1).astype(np.float32)
+    robot, nq = model.robot, model.env.model.nq
+    position, velocity = state[..., 1 + robot.hidden : 1 + nq], state[..., 1 + nq :]
+    return np.concatenate((position, np.clip(velocity, -robot.max_speed, robot.max_speed)), -1).astype(np.float32)
 
 
 def terminated(model: Model, state: np.ndarray) -> np.ndarray:
     """Whether Gymnasium ends an episode in states (..., state_dim): by the environment's own healthy ranges; (...)."""
-    env, robot, position = model.env, model.robot, state[..., 1 : 1 + model.env.model.nq]
-    healthy = np.isfinite(state).all(-1)  # also where nothing else ends an episode: the physics has diverged
-    if not getattr(env, "_terminate_when_unhealthy", False):
-        return ~healthy
-    ranges = [("_healthy_z_range", robot.height), ("_healthy_angle_range", robot.angle)]
-    for low, high, x in [(*getattr(env, name), position[..., i]) for name, i in ranges if i is not None]:
-        healthy &= (low < x) & (x < high)
-    if hasattr(env, "_healthy_state_range"):
-        low, high = env._healthy_state_range
-        healthy &= ((low < state[..., 3:]) & (state[..., 3:] < high)).all(-1)
+    healthy, z = np.ones(state.shape[:-1], bool), model.robot.height
+    for name, part in (("z", slice(z, z + 1)), ("angle", slice(3, 4)), ("state", slice(3, None))):
+        low, high = getattr(model.env, f"_healthy_{name}_range", (-np.inf, np.inf))
+        healthy &= ((low < state[..., part]) & (state[..., part] < high)).all(-1)
     return ~healthy
-
-
-def check_model(model: Model, env: Any, env_id: str) -> None:
-    """StopRun unless the model foresees what the environment does in ten random steps."""
-    env.reset(seed=0)
-    env.action_space.seed(0)
-    for _ in range(10):
-        action = env.action_space.sample()
-        state = simulate(model, present_state(model)[None], action[None], model.env.data.qacc_warmstart)
-        obs, _, ended, _, _ = env.step(action)
-        foreseen = observations(model, state)[0]
-        same = foreseen.shape == obs.shape and np.allclose(foreseen, obs, atol=1e-5)
-        if not same or ended != terminated(model, state)[0]:
-            raise StopRun(f"{env_id} cannot be planned: MuJoCo's state does not tell its observations or its ends")
-        if ended:
-            env.reset()
 
 
 # ------------------------------------------------------------------------------------ planning
 
 
-class Planner(NamedTuple):
-    """How to sample, and what for."""
-
-    horizon: int
-    tail: int
-    num_samples: int
-    noise_scale: float
-    objective: Objective
-
-
-def imagine(model: Model, policy: NumpyPolicy, addon: AddonTask, noise: np.ndarray, planner: Planner) -> Imagined:
+def imagine(model: Model, policy: NumpyPolicy, addon: AddonTask, noise: np.ndarray, args: Args) -> Imagined:
     """Roll out the prior from the environment's present state, with noise (K, H, action_dim) in its first actions."""
-    horizon, scale, space = planner.horizon, planner.noise_scale, model.env.action_space
-    state = np.tile(present_state(model), (len(noise), 1))
-    obs, alive, warmstart, steps = observations(model, state), np.ones(len(noise)), model.env.data.qacc_warmstart, []
-    for t in range(horizon + planner.tail):
-        mean, log_std = mean_and_log_std(policy, obs)
-        u = mean + scale * np.exp(log_std) * noise[:, t] if t < horizon else mean
+    state, space = np.tile(present_state(model), (len(noise), 1)), model.env.action_space
+    obs, alive, steps = observations(model, state), np.ones(len(noise)), []
+    for t in range(args.horizon + args.tail):
+        u, log_std = mean_and_log_std(policy, obs)
+        log_prob = log_proposal = 0 * alive
+        if t < args.horizon:
+            mean, u = u, u + args.noise_scale * np.exp(log_std) * noise[:, t]
+            log_prob = alive * log_density(u, mean, log_std, policy.squash)
+            log_proposal = alive * log_density(u, mean, log_std + np.log(args.noise_scale or 1), policy.squash)
         action = bounded(policy, u, space.low, space.high)
-        state = simulate(model, state, action, warmstart if t == 0 else None)
+        state = simulate(model, state, action)
         before, obs = obs, observations(model, state)
-        with np.errstate(all="ignore"):
-            reward = addon.coef * addon.reward(addon.quantity(before, action, obs))
-        ended = terminated(model, state)
-        step = [u, np.where(np.isfinite(reward), reward, 0) * alive, ended * alive]
-        if t < horizon:
-            step += [alive * log_density(u, mean, log_std, policy.squash)]
-            step += [alive * log_density(u, mean, log_std + np.log(scale or 1), policy.squash)]
-        steps.append(step)
+        reward, ended = addon.coef * addon.reward(addon.quantity(before, action, obs)), terminated(model, state)
+        steps.append((u, alive * reward, alive * ended, log_prob, log_proposal))
         alive = alive * ~ended
-    columns = itertools.zip_longest(*steps)
-    u, reward, ended, log_prob, log_proposal = (np.stack([x for x in column if x is not None], 1) for column in columns)
-    return Imagined(u[:, :horizon], reward, ended, log_prob, log_proposal)
+    return Imagined(*(np.stack(column, 1) for column in zip(*steps, strict=True)))
 
 
-def plan(model: Model, policy: NumpyPolicy, addon: AddonTask, planner: Planner, rng: np.random.Generator) -> np.ndarray:
+def plan(model: Model, policy: NumpyPolicy, addon: AddonTask, args: Args, rng: np.random.Generator) -> np.ndarray:
     """The next action before squashing, (action_dim,), float32: the weighted mean over the samples."""
-    noise = noise_pairs(rng, planner.num_samples, planner.horizon, model.env.action_space.shape[0])
-    imagined, objective = imagine(model, policy, addon, noise, planner), planner.objective
-    log_proposal = imagined.log_proposal.sum(1) * objective.importance
-    weights = sample_weights(scores(imagined, objective), log_proposal, objective.temperature)
+    noise = noise_pairs(rng, args.num_samples, args.horizon, model.env.action_space.shape[0])
+    imagined = imagine(model, policy, addon, noise, args)
+    score = scores(imagined, args.omega_prime, args.survival_reward, args.gamma)
+    weights = sample_weights(score, imagined.log_proposal.sum(1) * args.importance, args.temperature)
     return (weights @ imagined.u[:, 0]).astype(np.float32)
 
 
@@ -519,54 +516,60 @@ class Episode(NamedTuple):
     length: int  # steps
 
 
-def play_planned(
-    env: Any, policy: NumpyPolicy, addon: AddonTask, seed: int, planner: Planner | None, model: Model, max_steps: int
-) -> Iterator[Episode]:
-    """Play an episode, yielding what it has come to after the reset and after each step; planner None: the prior.
+class Player(NamedTuple):
+    """Who plays, in an environment of its own."""
+
+    name: str
+    planning: Args | None  # None: the prior's mean actions
+    model: Model
+
+
+def play_planned(player: Player, policy: NumpyPolicy, addon: AddonTask, seed: int, max_steps: int) -> Iterator[Episode]:
+    """Play an episode, yielding what it has come to after the reset and after each step.
 
     Environment and noise follow from the seed, so all that play with one seed start in the same state.
     """
-    rng, space = np.random.default_rng(seed), env.action_space
+    env, rng = player.model.env, np.random.default_rng(seed)
     obs, _ = env.reset(seed=seed)
     basic, bonus, quantity, length, done = 0.0, 0.0, 0.0, 0, False
     yield Episode(seed, basic, bonus, basic + bonus, quantity, length)
     while not done and length < max_steps:
         before = obs.astype(np.float32)
-        u = plan(model, policy, addon, planner, rng) if planner else mean_and_log_std(policy, before)[0]
-        action = bounded(policy, u, space.low, space.high)
-        obs, reward, ended, truncated, _ = env.step(action)
+        if player.planning:
+            u = plan(player.model, policy, addon, player.planning, rng)
+        else:
+            u, _ = mean_and_log_std(policy, before)
+        action = bounded(policy, u, env.action_space.low, env.action_space.high)
+        obs, reward, done, _, _ = env.step(action)
         measured = addon.quantity(before[None], action[None], obs.astype(np.float32)[None])
         addon_reward = float(addon.reward(measured)[0])
         if not math.isfinite(addon_reward):
             raise StopRun(f"the add-on reward on {addon.label} is {addon_reward}; mend the task", 1)
         basic, bonus = basic + float(reward), bonus + addon.coef * addon_reward
-        quantity, length, done = quantity + float(measured[0]), length + 1, ended or truncated
+        quantity, length = quantity + float(measured[0]), length + 1
         yield Episode(seed, basic, bonus, basic + bonus, quantity / length, length)
 
 
-# ---------------------------------------------------------------------- environment and video
+def play_players(
+    players: list[Player], policy: NumpyPolicy, addon: AddonTask, args: Args
+) -> tuple[list[list[Episode]], list[float]]:
+    """All episodes of each player, and the seconds that it took."""
+    results, seconds = [[] for _ in players], [0.0 for _ in players]
+    with rich.progress.Progress(console=CONSOLE, transient=True, disable=not CONSOLE.is_terminal) as progress:
+        bar = progress.add_task("", total=args.episodes * len(players) * args.max_steps)
+        for seed, (i, player) in itertools.product(range(args.seed, args.seed + args.episodes), enumerate(players)):
+            before, start = args.max_steps * (len(players) * (seed - args.seed) + i), time.perf_counter()
+            for episode in play_planned(player, policy, addon, seed, args.max_steps):
+                progress.update(bar, completed=before + episode.length, description=f"seed {seed}, {player.name}")
+            results[i].append(episode)
+            seconds[i] += time.perf_counter() - start
+    return results, seconds
+
+
+# --------------------------------------------------------------------------------------- video
 
 
 NEEDS_EGL = "without a display, install EGL: apt-get install libegl1, and set MUJOCO_GL=egl"
-
-
-def open_gymnasium(env_id: str, kwargs: dict[str, Any], window: bool, video: bool) -> Any:
-    """Gymnasium's environment, reset once; StopRun if it or its window does not open."""
-    import gymnasium
-
-    warnings.filterwarnings("ignore", message=".*is out of date")  # who plays v4 knows
-    warnings.filterwarnings("ignore", module="glfw")  # what it warns of ends in a StopRun
-    try:
-        if window:
-            from mujoco.glfw import glfw
-
-            if not glfw.init():  # Gymnasium would crash the process
-                raise RuntimeError("--window needs a display, and there is none; --video FILE.mp4 needs none")
-        env = gymnasium.make(env_id, render_mode="human" if window else None, disable_env_checker=True, **kwargs)
-        env.reset()  # opens the window
-    except Exception as error:  # every drawing library fails in its own way
-        raise StopRun(f"Gymnasium cannot open {env_id} ({error}){f'; {NEEDS_EGL}' if video else ''}") from None
-    return env
 
 
 def open_renderer(env: Any, size: tuple[int, int]) -> Any:
@@ -600,69 +603,16 @@ def video_frames(players: list[Iterator], envs: list[Any], renderer: Any, every:
             yield np.hstack(pictures)
 
 
-class Player(NamedTuple):
-    """Who plays, in an environment of its own."""
-
-    name: str
-    planner: Planner | None  # None: the prior's mean actions
-    env: Any
-    model: Model
-
-
-def open_players(env_id: str, policy: NumpyPolicy, planner: Planner, args: Args) -> list[Player]:
-    """The prior, greedy and residual planning; StopRun unless the environment fits the policy and can be planned."""
-    if args.video and sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    if policy.env_id.rpartition("-v")[0] != env_id.rpartition("-v")[0]:
-        raise StopRun(f"a policy for {policy.env_id} cannot play in {env_id}; change --env-id or --prior")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    greedy = planner._replace(objective=planner.objective._replace(omega_prime=0.0))
-    players = []
-    for name, who in (("prior", None), ("greedy", greedy), ("residual", planner)):
-        env = open_gymnasium(env_id, {}, False, args.video is not None)
-        players.append(Player(name, who, env, make_model(env, env_id, args.threads or cores)))
-    shapes = policy.tensors["obs_mean"].shape, policy.layers[-1][1].shape
-    if shapes != (theirs := (env.observation_space.shape, env.action_space.shape)):
-        what = f"observations and actions have shapes {theirs[0]} and {theirs[1]}"
-        raise StopRun(f"{env_id}'s {what}, the prior's {shapes[0]} and {shapes[1]}; change --env-id or --prior")
-    check_model(players[-1].model, env, env_id)
-    return players
-
-
-def play_all_planned(
-    players: list[Player], policy: NumpyPolicy, addon: AddonTask, args: Args
-) -> tuple[list[list[Episode]], list[float]]:
-    """All episodes of each player, and the seconds that it took."""
-    limit = min(args.max_steps or math.inf, players[0].env.spec.max_episode_steps or math.inf)
-    total = None if limit == math.inf else args.episodes * len(players) * limit
-    results, seconds = [[] for _ in players], [0.0 for _ in players]
-    with rich.progress.Progress(console=CONSOLE, transient=True, disable=not CONSOLE.is_terminal) as progress:
-        bar = progress.add_task("steps", total=total)
-        for seed in range(args.seed, args.seed + args.episodes):
-            for i, (name, planner, env, model) in enumerate(players):
-                start = time.perf_counter()
-                for episode in play_planned(env, policy, addon, seed, planner, model, limit):
-                    progress.update(bar, advance=min(episode.length, 1), description=f"seed {seed}, {name}")
-                seconds[i] += time.perf_counter() - start
-                results[i].append(episode)
-                progress.update(bar, advance=0 if total is None else limit - episode.length)
-    return results, seconds
-
-
 def record_players(players: list[Player], policy: NumpyPolicy, addon: AddonTask, renderer: Any, args: Args) -> None:
-    """Record the first episode of each player, side by side."""
+    """Record the first episode of each player, side by side, at the robot's speed, in about 20 frames per second."""
     import imageio
 
-    limit, envs = args.max_steps or math.inf, [player.env for player in players]
-    games = [play_planned(x.env, policy, addon, args.seed, x.planner, x.model, limit) for x in players]
-    if args.video_steps is not None:
-        games = [itertools.islice(game, args.video_steps + 1) for game in games]  # and the reset
-    every = max(1, round(1 / (args.video_fps * envs[0].unwrapped.dt)))
-    options = {"fps": 1 / (every * envs[0].unwrapped.dt), "macro_block_size": 1, "ffmpeg_log_level": "error"}
+    games = [play_planned(player, policy, addon, args.seed, args.max_steps) for player in players]
+    envs = [player.model.env for player in players]
+    every = max(1, round(0.05 / envs[0].dt))
+    options = {"fps": 1 / (every * envs[0].dt), "macro_block_size": 1, "ffmpeg_log_level": "error"}
     if args.video.suffix == ".gif":
-        palette = "split[a][b];[a]palettegen=max_colors=64[p];[b][p]paletteuse=dither=none:diff_mode=rectangle"
-        gif = ["-filter_complex", palette, "-loop", "0", "-f", "gif"]
-        options |= {"codec": "gif", "pixelformat": "pal8", "output_params": gif}
+        options |= {"codec": "gif", "pixelformat": "rgb8", "output_params": ["-loop", "0", "-f", "gif"]}
     temporary = args.video.with_name(args.video.name + ".tmp.mp4")  # imageio gives ffmpeg no other names
     try:
         with imageio.get_writer(temporary, format="FFMPEG", **options) as video:
@@ -701,12 +651,11 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def comparison_table(names: list[str], results: list[list[Episode]], label: str) -> rich.table.Table:
+def comparison_table(players: list[Player], results: list[list[Episode]], label: str) -> rich.table.Table:
     """Mean ± standard deviation over the episodes of each player; label names the add-on task's quantity."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("", *(player.name for player in players)):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     rows = {"basic": "return (basic)", "addon": "add-on", "total": "total", "quantity": label, "length": "length"}
     for name, title in rows.items():
         columns = [np.array([getattr(episode, name) for episode in episodes]) for episodes in results]
@@ -715,16 +664,15 @@ def comparison_table(names: list[str], results: list[list[Episode]], label: str)
     return table
 
 
-def check_numbers(args: Args) -> None:
+def check_planning_flags(args: Args) -> None:
     """StopRun if a flag cannot work, or would overwrite a file."""
-    positive = ("episodes", "max_steps", "temperature", "horizon", "num_samples", "threads", "video_steps", "video_fps")
-    for name in (*positive, "noise_scale", "tail", "seed", "omega", "omega_prime", "survival_reward"):
-        value = getattr(args, name)
-        if value is not None and not (value > 0 or (name not in positive and value == 0)) or value == math.inf:
-            bound = "above 0" if name in positive else "0 or above"
+    positive = ("episodes", "max_steps", "temperature", "horizon", "num_samples", "threads")
+    for name in (*positive, "noise_scale", "tail", "seed", "omega_prime", "survival_reward"):
+        value, bound = getattr(args, name), "above 0" if name in positive else "0 or above"
+        if value is not None and not (0 < value < math.inf or (value == 0 and name not in positive)):
             raise StopRun(f"--{name.replace('_', '-')} is {value}; it must be finite and {bound}")
-    if args.gamma is not None and not 0 <= args.gamma <= 1:
-        raise StopRun(f"--gamma is {args.gamma}; it must be from 0 to 1")
+    if not 0 <= args.gamma < 1:
+        raise StopRun(f"--gamma is {args.gamma}; it must be from 0 to below 1")
     if not math.isfinite(args.addon_coef):
         raise StopRun(f"--addon-coef is {args.addon_coef}; it must be a finite number")
     if min(args.video_size) < 2 or any(size % 2 for size in args.video_size):
@@ -740,53 +688,67 @@ def check_numbers(args: Args) -> None:
             raise StopRun(f"{flag} cannot write to the folder {path.parent}; create it, or name another")
 
 
-def make_planner(path: Path, env_id: str, args: Args) -> Planner:
-    """What the flags say, and for what they leave open the prior's file; StopRun if that does not know it, either."""
-    file = path / "policy.safetensors" if path.is_dir() else path
-    with safetensors.safe_open(file, "numpy") as content:
+def complete(args: Args, policy: NumpyPolicy, path: Path) -> Args:
+    """With what the flags leave open, of the prior's file and of ROBOTS; StopRun if these do not know it."""
+    env_id = args.env_id or policy.env_id
+    if policy.env_id.rpartition("-v")[0] != env_id.rpartition("-v")[0]:
+        raise StopRun(f"a policy for {policy.env_id} cannot play in {env_id}; change --env-id or --prior")
+    with safetensors.safe_open(path / "policy.safetensors" if path.is_dir() else path, "numpy") as content:
         info = content.metadata()
-    alpha, scale = float(info.get("alpha", 0)), OMEGA_PRIME * args.omega
-    omega_prime = args.omega_prime if args.omega_prime is not None else scale * alpha
-    temperature = args.temperature or TEMPERATURE * alpha
-    if temperature == 0 or (args.omega_prime is None and alpha == 0):
-        raise StopRun(f"{file} names no temperature alpha above 0; give --omega-prime and --temperature")
-    gamma = args.gamma if args.gamma is not None else min(float(info.get("gamma", 0.99)), 0.99)
-    c = args.omega * float(info.get("survival_reward", 0)) if args.survival_reward is None else args.survival_reward
-    objective = Objective(omega_prime, temperature, c, gamma, args.importance)
-    tail = args.tail if args.tail is not None else TAILS.get(env_id.rpartition("-v")[0], 4)
-    return Planner(args.horizon, tail, args.num_samples, args.noise_scale, objective)
+    alpha = float(info.get("alpha", 0))
+    if alpha == 0 and None in (args.omega_prime, args.temperature):
+        raise StopRun(f"{path} names no temperature alpha above 0; give --omega-prime and --temperature")
+    robot = ROBOTS.get(env_id.rpartition("-v")[0], ROBOTS["HalfCheetah"])
+    open_to_robot = {"num_samples": robot.num_samples, "tail": robot.tail}
+    survival_reward = float(info.get("survival_reward", 0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    defaults = {"env_id": env_id, "prior": path, "omega_prime": alpha, "temperature": alpha, "threads": cores}
+    defaults |= {"survival_reward": survival_reward} | open_to_robot
+    return replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
+
+
+def open_players(policy: NumpyPolicy, args: Args) -> list[Player]:
+    """The prior, greedy and residual planning; StopRun unless the environment fits the policy and can be planned."""
+    if args.video and sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    planning = {"prior": None, "greedy": replace(args, omega_prime=0.0), "residual": args}
+    players = [Player(name, how, make_model(args.env_id, args.threads)) for name, how in planning.items()]
+    env, shapes = players[0].model.env, (policy.tensors["obs_mean"].shape, policy.layers[-1][1].shape)
+    if shapes != (theirs := (env.observation_space.shape, env.action_space.shape)):
+        what = f"observations and actions have shapes {theirs[0]} and {theirs[1]}"
+        raise StopRun(f"{args.env_id}'s {what}, the prior's {shapes[0]} and {shapes[1]}; change --env-id or --prior")
+    return players
 
 
 def main(args: Args) -> None:
     """Play, show and record."""
-    check_numbers(args)
+    check_planning_flags(args)
     path = args.prior or default_prior(args.env_id or "HalfCheetah-v4")
     policy = read_policy(path)
-    env_id = args.env_id or policy.env_id
-    task, addon = named_task(env_id, args.addon, args.addon_coef)
-    planner = make_planner(path, env_id, args)
-    players = open_players(env_id, policy, planner, args)
-    env, objective = players[0].env, planner.objective
+    args = complete(args, policy, path)
+    task, addon = named_task(args.env_id, args.addon, args.addon_coef)
+    players = open_players(policy, args)
+    env = players[0].model.env
+    check_task(task, addon, env.reset(seed=args.seed)[0], env.action_space.sample())
     renderer = open_renderer(env, args.video_size) if args.video else None
 
     CONSOLE.print(
-        f"[bold]{env_id}[/bold], episodes: {args.episodes}, seed: {args.seed}, add-on: {addon.coef:g} x {task}\n"
-        f"prior {path}; horizon {planner.horizon} + {planner.tail} steps, {planner.num_samples} samples, "
-        f"omega' {objective.omega_prime:g}, temperature {objective.temperature:g}, c {objective.survival_reward:g}"
+        f"[bold]{args.env_id}[/bold], episodes: {args.episodes}, seed: {args.seed}, add-on: {addon.coef:g} x {task}\n"
+        f"prior {path}; {args.num_samples} samples of {args.horizon} + {args.tail} steps, omega' {args.omega_prime:g}, "
+        f"temperature {args.temperature:g}, c {args.survival_reward:g}"
     )
-    results, seconds = play_all_planned(players, policy, addon, args)
-    CONSOLE.print(comparison_table([player.name for player in players], results, addon.label))
-    steps = sum(episode.length for episode in results[2])
-    physics = steps * planner.num_samples * (planner.horizon + planner.tail) * env.unwrapped.frame_skip
+    results, seconds = play_players(players, policy, addon, args)
+    CONSOLE.print(comparison_table(players, results, addon.label))
+    thousands = sum(episode.length for episode in results[-1]) / 1000
+    physics = 1000 * thousands * args.num_samples * (args.horizon + args.tail) * env.frame_skip
     CONSOLE.print(
-        f"residual: {1000 * seconds[2] / steps:.1f} s per 1000 steps, which are {1000 * env.unwrapped.dt:.0f} s of the "
-        f"robot's time; {physics / seconds[2]:,.0f} physics steps/s"
+        f"residual: {seconds[-1] / thousands:.1f} s per 1000 steps, which are {1000 * env.dt:.0f} s of the robot's "
+        f"time; {physics / seconds[-1]:,.0f} physics steps/s"
     )
     if args.json:
-        settings = vars(args) | {"env_id": env_id, "addon": task, "prior": path, "objective": objective._asdict()}
         rows = zip(players, seconds, results, strict=True)
         played = [{"name": x.name, "seconds": s, "episodes": [e._asdict() for e in es]} for x, s, es in rows]
-        content = {"settings": settings | {"tail": planner.tail}, "quantity": addon.label, "players": played}
+        content = {"settings": vars(args) | {"addon": task}, "quantity": addon.label, "players": played}
         write_atomic(args.json, json.dumps(content, indent=1, default=str).encode())
         CONSOLE.print(f"every episode is in {shlex.quote(str(args.json))}")
     if args.video:
