@@ -438,8 +438,10 @@ def make_model(env_id: str, threads: int) -> Model:
         model = Model(env, robot, pool, [mujoco.MjData(env.model) for _ in range(threads)])
         if np.array_equal(observations(model, present_state(model)), obs.astype(np.float32)):
             return model
-    choice = ", ".join(name for name in ROBOTS)
-    raise StopRun(f"{env_id} cannot be planned: its state cannot be set, or not be observed, here; choose {choice}")
+    raise StopRun(
+        f"{env_id} cannot be planned: its observation is not known to be positions and velocities; choose one of "
+        f"{', '.join(ROBOTS)}, v4 or v5, but of Ant only v4"
+    )
 
 
 def present_state(model: Model) -> np.ndarray:
@@ -477,23 +479,26 @@ def terminated(model: Model, state: np.ndarray) -> np.ndarray:
 
 
 def imagine(model: Model, policy: NumpyPolicy, addon: AddonTask, noise: np.ndarray, args: Args) -> Imagined:
-    """Roll out the prior from the environment's present state, with noise (K, H, action_dim) in its first actions."""
+    """Roll out from the environment's present state, with noise (K, H, action_dim) on the prior's plan."""
+    lead = int(args.horizon > 1)  # first, a rollout without noise: the plan of the others
+    noise = np.concatenate((np.zeros_like(noise[:lead]), noise))
     state, space = np.tile(present_state(model), (len(noise), 1)), model.env.action_space
     obs, alive, steps = observations(model, state), np.ones(len(noise)), []
     for t in range(args.horizon + args.tail):
         u, log_std = mean_and_log_std(policy, obs)
         log_prob = log_proposal = 0 * alive
         if t < args.horizon:
-            mean, u = u, u + args.noise_scale * np.exp(log_std) * noise[:, t]
+            mean, center, spread = u, u[:1], np.broadcast_to(log_std, u.shape)[:1]
+            u = center + args.noise_scale * np.exp(spread) * noise[:, t]
             log_prob = alive * log_density(u, mean, log_std, policy.squash)
-            log_proposal = alive * log_density(u, mean, log_std + np.log(args.noise_scale or 1), policy.squash)
+            log_proposal = log_density(u, center, spread + np.log(args.noise_scale or 1), policy.squash)
         action = bounded(policy, u, space.low, space.high)
         state = simulate(model, state, action)
         before, obs = obs, observations(model, state)
         reward, ended = addon.coef * addon.reward(addon.quantity(before, action, obs)), terminated(model, state)
         steps.append((u, alive * reward, alive * ended, log_prob, log_proposal))
         alive = alive * ~ended
-    return Imagined(*(np.stack(column, 1) for column in zip(*steps, strict=True)))
+    return Imagined(*(np.stack(column, 1)[lead:] for column in zip(*steps, strict=True)))
 
 
 def plan(model: Model, policy: NumpyPolicy, addon: AddonTask, args: Args, rng: np.random.Generator) -> np.ndarray:

@@ -1,5 +1,6 @@
 """residual_mppi.py: the weights are those of its objective, and its model is the environment."""
 
+import dataclasses
 import json
 
 import gymnasium
@@ -11,7 +12,9 @@ import enjoy
 import residual_mppi
 
 ENVS = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Swimmer-v4", "Hopper-v5", "Walker2d-v5")
-OBJECTIVE = residual_mppi.Objective(0.1, 0.1, 5.0, 0.99, True)
+PLANNING = residual_mppi.Args(
+    omega_prime=0.1, temperature=0.1, survival_reward=5.0, horizon=2, tail=2, num_samples=8, threads=1
+)
 SCRIPT = "residual_q_learning/residual_mppi"
 
 
@@ -22,7 +25,8 @@ def prior_of(env_id):
 
 def open_model(env_id, threads=1):
     """An environment after 20 steps of noise, its model, and its policy."""
-    env = gymnasium.make(env_id, disable_env_checker=True)
+    model = residual_mppi.make_model(env_id, threads)
+    env = model.env
     env.reset(seed=3)
     env.action_space.seed(3)
     for _ in range(20):
@@ -30,15 +34,15 @@ def open_model(env_id, threads=1):
         if ended:
             obs, _ = env.reset()
     policy = residual_mppi.read_policy(prior_of(env_id))
-    return env, residual_mppi.make_model(env, env_id, threads), policy, obs
+    return env, model, policy, obs
 
 
-def next_action(env_id, threads=1, seed=0, noise_scale=1.0, num_samples=8, objective=OBJECTIVE):
+def next_action(env_id, threads=1, seed=0, **planning):
     """What is planned after 20 steps of noise."""
     env, model, policy, obs = open_model(env_id, threads)
-    planner = residual_mppi.Planner(2, 2, num_samples, noise_scale, objective)
+    args = dataclasses.replace(PLANNING, **planning)
     _, addon = residual_mppi.named_task(env_id, None, 1.0)
-    u = residual_mppi.plan(model, policy, addon, planner, np.random.default_rng(seed))
+    u = residual_mppi.plan(model, policy, addon, args, np.random.default_rng(seed))
     return residual_mppi.bounded(policy, u, env.action_space.low, env.action_space.high), obs, env, policy
 
 
@@ -84,22 +88,23 @@ def test_log_density_integrates_to_one_over_squashed_actions():
 
 def test_score_is_the_discounted_sum_with_the_loss_of_an_end():
     imagined = residual_mppi.Imagined(
-        np.zeros((2, 1, 1)), np.array([[1.0, 2, 3], [1, 2, 0]]), np.array([[0, 0, 0], [0, 1, 0]]),
-        np.array([[-4.0], [-5]]), np.zeros((2, 1)),
-    )  # fmt: skip
-    objective = residual_mppi.Objective(0.5, 1.0, 2.0, 0.9, True)
-    first = 1 + 0.9 * 2 + 0.81 * 3 - 0.5 * 4
+        u=None,
+        addon=np.array([[1.0, 2, 3], [1, 2, 0]]),
+        ended=np.array([[0, 0, 0], [0, 1, 0]]),
+        log_prob=np.array([[-4.0, -6, 0], [-5, 0, 0]]),
+        log_proposal=None,
+    )
+    first = 1 + 0.9 * 2 + 0.81 * 3 + 0.5 * (-4 - 0.9 * 6)
     second = 1 + 0.9 * (2 - 0.9 * 2 / 0.1) - 0.5 * 5
-    np.testing.assert_allclose(residual_mppi.scores(imagined, objective), [first, second])
+    np.testing.assert_allclose(residual_mppi.scores(imagined, 0.5, 2.0, 0.9), [first, second])
 
 
 def test_greedy_ignores_the_priors_density():
     """Its score, whatever log pi is; and by the division also its weights, if all r_R are equal, of uniform q."""
     rng = np.random.default_rng(0)
-    addon, log_prob = rng.normal(size=(5, 3)), rng.normal(size=(5, 2))
-    greedy = OBJECTIVE._replace(omega_prime=0.0)
+    addon, log_prob = rng.normal(size=(5, 3)), rng.normal(size=(5, 3))
     one, other = (
-        residual_mppi.scores(residual_mppi.Imagined(None, addon, 0 * addon, x, None), greedy)
+        residual_mppi.scores(residual_mppi.Imagined(None, addon, 0 * addon, x, None), 0.0, 5.0, 0.99)
         for x in (log_prob, -9 * log_prob)
     )
     np.testing.assert_array_equal(one, other)
@@ -118,9 +123,9 @@ def test_one_sample_without_noise_is_the_prior(env_id):
 
 
 def test_pairs_of_noise_cancel_where_all_weights_are_equal():
-    """At a temperature that levels r_R, at omega' = lambda, gamma 1, the plan is the prior's mean."""
-    level = residual_mppi.Objective(1e9, 1e9, 0.0, 1.0, True)
-    planned, mean = (next_action("Hopper-v4", num_samples=8, objective=level, noise_scale=k)[0] for k in (1.0, 0.0))
+    """At a temperature that levels r_R, at omega' = lambda and H = 1, the plan is the prior's mean."""
+    level = {"omega_prime": 1e9, "temperature": 1e9, "survival_reward": 0.0, "horizon": 1}
+    planned, mean = (next_action("Hopper-v4", noise_scale=k, **level)[0] for k in (1.0, 0.0))
     np.testing.assert_allclose(planned, mean, atol=1e-5)
 
 
@@ -153,8 +158,7 @@ def test_observations_and_ends_of_states_are_gymnasiums(env_id):
 def test_model_foresees_the_environment_to_the_last_digits(env_id):
     env, model, _, _ = open_model(env_id)
     action = env.action_space.sample()
-    warmstart = env.unwrapped.data.qacc_warmstart.copy()
-    state = residual_mppi.simulate(model, residual_mppi.present_state(model)[None], action[None], warmstart)
+    state = residual_mppi.simulate(model, residual_mppi.present_state(model)[None], action[None])
     env.step(action)
     np.testing.assert_allclose(state[0], residual_mppi.present_state(model), atol=1e-12)
 
@@ -167,9 +171,8 @@ def test_rollouts_count_nothing_after_an_end():
     qvel[2] = 4.0
     env.set_state(np.concatenate((env.init_qpos[:2], [0.95], env.init_qpos[3:])), qvel)
     _, addon = residual_mppi.named_task("Ant-v4", None, 1.0)
-    planner = residual_mppi.Planner(2, 4, 4, 1.0, OBJECTIVE)
     noise = residual_mppi.noise_pairs(np.random.default_rng(0), 4, 2, 8)
-    imagined = residual_mppi.imagine(model, policy, addon, noise, planner)
+    imagined = residual_mppi.imagine(model, policy, addon, noise, dataclasses.replace(PLANNING, tail=4))
     np.testing.assert_array_equal(imagined.ended, [[1, 0, 0, 0, 0, 0]] * 4)
     assert (imagined.addon[:, 0] != 0).all()
     assert not imagined.addon[:, 1:].any()
@@ -197,7 +200,7 @@ def test_the_script_plays_and_writes_what_it_played(tmp_path):
     [
         (("--env-id", "Humanoid-v4"), "cannot be planned"),
         (("--env-id", "Hopper-v4", "--prior", ROOT / "priors" / "Ant-v4.safetensors"), "cannot play in"),
-        (("--env-id", "Ant-v5", "--prior", ROOT / "priors" / "Ant-v4.safetensors"), "have shapes"),
+        (("--env-id", "Ant-v5", "--prior", ROOT / "priors" / "Ant-v4.safetensors"), "Ant only v4"),
         (("--num-samples", "0"), "--num-samples is 0"),
         (("--noise-scale", "nan"), "--noise-scale is nan"),
         (("--temperature", "0"), "--temperature is 0"),
