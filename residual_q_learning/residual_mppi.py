@@ -7,23 +7,28 @@
 # ///
 """Residual-MPPI: customise a prior by planning, without training, with MuJoCo's own dynamics as the model.
 
-In every step, --num-samples rollouts of the prior's mean actions start from the present state.  Their first H actions
-(--horizon) are disturbed, with the prior's deviation times k (--noise-scale); then --tail more steps are not:
+The prior's plan is what it would do from the present state: mean actions, in states s_t that the model foresees.  In
+every step, --num-samples rollouts start from the present state.  Their first H actions (--horizon) are the plan's,
+disturbed with the prior's deviation times k (--noise-scale); then the prior goes on, undisturbed, for --tail steps.
 
-    a_t = tanh(u_t),  u_t = mean(s_t) + k sigma(s_t) eps_t,  eps_t ~ N(0, 1) for t < H, else 0.
+    a_t = tanh(u_t),  u_t = mean(s_t) + k sigma(s_t) eps_t,  eps_t ~ N(0, 1),  for t < H.
 
-With g(a) the density that the H actions are drawn from, a rollout has the score and the weight
+With g(a) the density that the H actions are drawn from, and pi(a_t|s_t) the prior's in the states of its plan, a
+rollout has the score and the weight
 
     S = sum_{t < H + tail} gamma^t r_R  +  omega' sum_{t < H} gamma^t log pi(a_t|s_t),      w = exp(S / lambda) / g(a),
 
 and the next action is that of the weighted mean of u_0: of the distribution q of H actions that maximises
 E_q[S] + lambda H(q).  So the objective is Residual Policy Gradient's, r_R + omega' log pi - alpha_hat log q, with
-alpha_hat = lambda (--temperature), over H steps.  Three remarks:
+alpha_hat = lambda (--temperature), over H steps.  Remarks:
 
 Samples near the prior carry log pi in their density.  Without the division by g (--no-importance, as MPPI is mostly
-written) q maximises E_q[S] - lambda KL(q || g), which for k = H = 1 is the same with omega' + lambda instead of omega'.
-Greedy planning, omega' = 0, then still pays lambda for its KL to the prior; only the division makes it forget that.
-At omega' = lambda and k = H = 1, the defaults, the division cancels log pi: w = exp(sum gamma^t r_R / lambda).
+written) q maximises E_q[S] - lambda KL(q || g), which for k = 1 is the same with omega' + lambda instead of omega' (up
+to gamma).  Greedy planning, omega' = 0, then still pays lambda for its KL to the prior; only the division makes it
+forget that.  At omega' = lambda and k = 1, the defaults, both cancel: w = exp(sum gamma^t r_R / lambda).
+
+Residual-MPPI takes log pi in the states that a rollout reaches, as --reached does.  For H = 1 that is the same.  For
+more, the prior would mend there what the disturbance did, and the samples are charged for not doing so.
 
 What is the value at the end of the horizon?  alpha log pi = r + gamma V(s') - V(s) is shaped: its sum has the basic
 task's value in it, so H may be small.  The add-on reward has no such term.  The tail estimates its value, that of going
@@ -93,8 +98,8 @@ class Args:
     """discount"""
 
     # planning
-    horizon: int = 1
-    """H, how many actions differ from the prior's mean"""
+    horizon: int | None = None
+    """H, how many actions differ from the prior's plan; if not given, see ROBOTS"""
     tail: int | None = None
     """steps of the prior's mean actions after them; if not given, see ROBOTS"""
     num_samples: int | None = None
@@ -103,6 +108,8 @@ class Args:
     """k, deviation of the samples, as a multiple of the prior's"""
     importance: bool = True
     """divide the weights by the density of the samples"""
+    reached: bool = False
+    """take log pi in the states that a rollout reaches, not in those of the prior's plan"""
     threads: int | None = None
     """of the physics; if not given, one for each core that this process may use"""
 
@@ -398,16 +405,17 @@ class Robot(NamedTuple):
     hidden: int  # positions in the world, the first ones, which the observation leaves out
     max_speed: float  # bound of the observed velocities
     height: int  # index, in the state, of what must stay in the healthy z range, if there is one
-    num_samples: int  # default; with the tail, about what two cores do in real time, but on HalfCheetah
-    tail: int  # default
+    num_samples: int  # these three are defaults; two cores plan with them in real time
+    horizon: int
+    tail: int
 
 
 ROBOTS = {
-    "HalfCheetah": Robot(1, np.inf, 2, num_samples=64, tail=1),
-    "Hopper": Robot(1, 10, 2, num_samples=16, tail=19),
-    "Walker2d": Robot(1, 10, 2, num_samples=16, tail=9),
-    "Ant": Robot(2, np.inf, 3, num_samples=64, tail=3),
-    "Swimmer": Robot(2, np.inf, 3, num_samples=32, tail=4),
+    "HalfCheetah": Robot(1, np.inf, 2, num_samples=64, horizon=1, tail=1),
+    "Hopper": Robot(1, 10, 2, num_samples=16, horizon=1, tail=19),
+    "Walker2d": Robot(1, 10, 2, num_samples=16, horizon=1, tail=9),
+    "Ant": Robot(2, np.inf, 3, num_samples=128, horizon=3, tail=0),
+    "Swimmer": Robot(2, np.inf, 3, num_samples=32, horizon=1, tail=4),
 }
 
 
@@ -488,10 +496,11 @@ def imagine(model: Model, policy: NumpyPolicy, addon: AddonTask, noise: np.ndarr
         u, log_std = mean_and_log_std(policy, obs)
         log_prob = log_proposal = 0 * alive
         if t < args.horizon:
-            mean, center, spread = u, u[:1], np.broadcast_to(log_std, u.shape)[:1]
-            u = center + args.noise_scale * np.exp(spread) * noise[:, t]
-            log_prob = alive * log_density(u, mean, log_std, policy.squash)
-            log_proposal = log_density(u, center, spread + np.log(args.noise_scale or 1), policy.squash)
+            mean, log_std = u, np.broadcast_to(log_std, u.shape)
+            u = mean[:1] + args.noise_scale * np.exp(log_std[:1]) * noise[:, t]
+            log_k, where = np.log(args.noise_scale or 1), slice(None if args.reached else 1)
+            log_proposal = alive * log_density(u, mean[:1], log_std[:1] + log_k, policy.squash)
+            log_prob = alive * log_density(u, mean[where], log_std[where], policy.squash)
         action = bounded(policy, u, space.low, space.high)
         state = simulate(model, state, action)
         before, obs = obs, observations(model, state)
@@ -704,7 +713,7 @@ def complete(args: Args, policy: NumpyPolicy, path: Path) -> Args:
     if alpha == 0 and None in (args.omega_prime, args.temperature):
         raise StopRun(f"{path} names no temperature alpha above 0; give --omega-prime and --temperature")
     robot = ROBOTS.get(env_id.rpartition("-v")[0], ROBOTS["HalfCheetah"])
-    open_to_robot = {"num_samples": robot.num_samples, "tail": robot.tail}
+    open_to_robot = {"num_samples": robot.num_samples, "horizon": robot.horizon, "tail": robot.tail}
     survival_reward = float(info.get("survival_reward", 0))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     defaults = {"env_id": env_id, "prior": path, "omega_prime": alpha, "temperature": alpha, "threads": cores}
