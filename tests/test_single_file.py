@@ -1,4 +1,4 @@
-"""Each script is one file that stands alone, as is enjoy.py, and what they share is the same in all of them."""
+"""Each script and program is one file that stands alone, and what they share is the same in all of them."""
 
 import ast
 import itertools
@@ -11,7 +11,8 @@ from conftest import ROOT, SAC_SCRIPTS, script_path
 from conftest import SCRIPTS as PPO_SCRIPTS
 
 SCRIPTS = (*PPO_SCRIPTS, *SAC_SCRIPTS)
-PROGRAMS = (*SCRIPTS, "enjoy", "mirror_descent_vi")
+PLAYERS = ("enjoy", "residual_mppi")  # they need no JAX
+PROGRAMS = (*SCRIPTS, *PLAYERS, "mirror_descent_vi")
 SOURCES = {name: script_path(name).read_text() for name in PROGRAMS}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 
@@ -65,18 +66,20 @@ def test_program_imports_nothing_of_this_repository(name):
     assert not imported_packages(name) & local
 
 
-def test_scripts_need_jax_and_enjoy_does_not():
+def test_scripts_need_jax_and_players_do_not():
     assert all({"jax", "flax", "optax", "envpool"} <= imported_packages(name) for name in SCRIPTS)
-    assert not imported_packages("enjoy") & {"jax", "flax", "optax", "torch"}  # envpool where Gymnasium has nothing
+    for name in PLAYERS:  # enjoy.py has envpool where Gymnasium has nothing
+        assert not imported_packages(name) & {"jax", "flax", "optax", "torch"}
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(PROGRAMS, 2)))
 def test_equal_names_have_equal_definitions(one, other):
     """Functions, classes and constants."""
     ours, theirs = definitions(one), definitions(other)
-    shared = (ours.keys() & theirs.keys()) - {"Args", "main"} - ({"xp"} if "enjoy" in (one, other) else set())
+    players = {one, other} & set(PLAYERS)
+    shared = (ours.keys() & theirs.keys()) - {"Args", "main"} - ({"xp"} if len(players) == 1 else set())
     if "mirror_descent_vi" not in (one, other):
-        assert len(shared) >= (3 if "enjoy" in (one, other) else 30)
+        assert len(shared) >= (30, 3, 20)[len(players)]
     assert [name for name in shared if ours[name] != theirs[name]] == []
 
 
