@@ -271,7 +271,7 @@ def check_policy(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Nu
         raise ValueError("it has log_std, which is for a deviation that depends on the state; leave that key out")
     alpha, gamma, survival, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
     if not (0 <= alpha < math.inf and 0 <= gamma <= 1 and math.isfinite(survival) and obs_clip > 0):
-        raise ValueError(f"one of its {sorted(numbers)} or its obs_clip is impossible")
+        raise ValueError(f"one of {alpha=}, {gamma=}, {survival=}, {obs_clip=} is impossible")
     hidden_sizes = json.loads(metadata["hidden_sizes"])
     if type(hidden_sizes) is not list or not all(type(size) is int and size > 0 for size in hidden_sizes):
         raise ValueError(f"its hidden_sizes are {metadata['hidden_sizes']}, not a list of widths")
