@@ -678,17 +678,19 @@ def comparison_table(players: list[Player], results: list[list[Episode]], label:
     return table
 
 
+# What can work, from and to; None is for what is not given.
+BOUNDS = {
+    "episodes": (1, 10**6), "seed": (0, 2**31 - 1), "max_steps": (1, 10**6), "addon_coef": (-1e6, 1e6),
+    "omega_prime": (0, 1e6), "temperature": (1e-12, 1e6), "survival_reward": (0, 1e6), "gamma": (0, 1 - 1e-6),
+    "horizon": (1, 1000), "tail": (0, 1000), "num_samples": (1, 10**5), "noise_scale": (0, 100), "threads": (1, 256),
+}  # fmt: skip
+
+
 def check_planning_flags(args: Args) -> None:
     """StopRun if a flag cannot work, or would overwrite a file."""
-    positive = ("episodes", "max_steps", "temperature", "horizon", "num_samples", "threads")
-    for name in (*positive, "noise_scale", "tail", "seed", "omega_prime", "survival_reward"):
-        value, bound = getattr(args, name), "above 0" if name in positive else "0 or above"
-        if value is not None and not (0 < value < math.inf or (value == 0 and name not in positive)):
-            raise StopRun(f"--{name.replace('_', '-')} is {value}; it must be finite and {bound}")
-    if not 0 <= args.gamma < 1:
-        raise StopRun(f"--gamma is {args.gamma}; it must be from 0 to below 1")
-    if not math.isfinite(args.addon_coef):
-        raise StopRun(f"--addon-coef is {args.addon_coef}; it must be a finite number")
+    for name, (low, high) in BOUNDS.items():
+        if (value := getattr(args, name)) is not None and not low <= value <= high:
+            raise StopRun(f"--{name.replace('_', '-')} is {value}; it must be from {low:g} to {high:g}")
     if min(args.video_size) < 2 or any(size % 2 for size in args.video_size):
         raise StopRun(f"--video-size is {args.video_size}; width and height must be even and above 0")
     for flag, path, suffixes in (("--video", args.video, (".mp4", ".gif")), ("--json", args.json, (".json",))):
@@ -784,7 +786,7 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__))
     except StopRun as error:
         end(str(error), error.exit_code)
-    except OSError as error:  # as of a full disk
+    except (OSError, MemoryError) as error:  # as of a full disk
         end(str(error), 1)
     except KeyboardInterrupt:
         end("interrupted", 130)

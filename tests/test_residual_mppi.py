@@ -225,4 +225,4 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(flags, said, monkeypatch, 
 def test_bad_input_prints_no_traceback():
     done = run_script(SCRIPT, "--num-samples", 0)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["residual_mppi.py: --num-samples is 0; it must be finite and above 0"]
+    assert done.stderr.splitlines() == ["residual_mppi.py: --num-samples is 0; it must be from 1 to 100000"]
