@@ -6,6 +6,8 @@ import json
 import gymnasium
 import numpy as np
 import pytest
+import scipy.stats
+import tyro
 from conftest import ROOT, run_script
 
 import enjoy
@@ -179,6 +181,31 @@ def test_rollouts_count_nothing_after_an_end():
     assert not imagined.log_prob[:, 1].any()
 
 
+def test_log_pi_is_of_the_states_of_the_plan_or_of_those_that_are_reached():
+    """Of the second action; the environment itself says which states these are."""
+    env, model, policy, obs = open_model("HalfCheetah-v4")
+    _, addon = residual_mppi.named_task("HalfCheetah-v4", None, 1.0)
+    noise = residual_mppi.noise_pairs(np.random.default_rng(0), 2, 2, 6)
+    settings = [dataclasses.replace(PLANNING, noise_scale=1.5, reached=reached) for reached in (False, True)]
+    imagined = [residual_mppi.imagine(model, policy, addon, noise, args) for args in settings]
+    u = imagined[0].u[0]
+    np.testing.assert_array_equal(u, imagined[1].u[0])
+    plan, _ = enjoy.mean_and_log_std(policy, obs.astype(np.float32))
+    qpos, qvel = env.data.qpos.copy(), env.data.qvel.copy()
+    for first, found in zip((plan, u[0]), imagined, strict=True):
+        env.set_state(qpos, qvel)
+        after, *_ = env.step(np.tanh(first))
+        mean, log_std = enjoy.mean_and_log_std(policy, after.astype(np.float32))
+        expected = scipy.stats.norm.logpdf(u[1], mean, np.exp(log_std)).sum() - np.log(1 - np.tanh(u[1]) ** 2).sum()
+        assert found.log_prob[0, 1] == pytest.approx(expected, abs=1e-3)
+        if first is plan:
+            np.testing.assert_allclose(u[1], mean + 1.5 * np.exp(log_std) * noise[0, 1], atol=1e-5)
+            density = scipy.stats.norm.logpdf(noise[0]).sum(1) - 6 * np.log(1.5) - log_std.sum()
+            jacobian = np.log(1 - np.tanh(u[:2]) ** 2).sum(1)
+            np.testing.assert_allclose(found.log_proposal[0, :2], density - jacobian, atol=1e-3)
+    assert abs(imagined[0].log_prob[0, 1] - imagined[1].log_prob[0, 1]) > 0.1
+
+
 def test_the_script_plays_and_writes_what_it_played(tmp_path):
     """Residual planning betters the prior's add-on reward; the prior is enjoy.py's, with deterministic actions."""
     flags = ("--env-id", "HalfCheetah-v4", "--seed", 61, "--max-steps", 60, "--threads", 1)
@@ -205,7 +232,9 @@ def test_the_script_plays_and_writes_what_it_played(tmp_path):
         (("--noise-scale", "nan"), "--noise-scale is nan"),
         (("--temperature", "0"), "--temperature is 0"),
         (("--tail", "-1"), "--tail is -1"),
-        (("--gamma", "1.5"), "--gamma is 1.5"),
+        (("--gamma", "1"), "--gamma is 1.0"),
+        (("--threads", "100000"), "from 1 to 256"),
+        (("--omega-prime", "inf"), "--omega-prime is inf"),
         (("--addon", "moon"), "moon is no add-on task"),
         (("--prior", "nowhere.safetensors"), "no policy nowhere.safetensors"),
         (("--json", "played.txt"), "must end in .json"),
@@ -213,8 +242,6 @@ def test_the_script_plays_and_writes_what_it_played(tmp_path):
     ],
 )
 def test_bad_input_ends_with_one_line_and_exit_code_2(flags, said, monkeypatch, capsys):
-    import tyro
-
     monkeypatch.chdir(ROOT)
     with pytest.raises(residual_mppi.StopRun, match=said) as stop:
         residual_mppi.main(tyro.cli(residual_mppi.Args, args=[str(x) for x in flags]))
