@@ -411,7 +411,7 @@ class Robot(NamedTuple):
 
 
 ROBOTS = {
-    "HalfCheetah": Robot(1, np.inf, 2, num_samples=64, horizon=1, tail=1),
+    "HalfCheetah": Robot(1, np.inf, 2, num_samples=128, horizon=2, tail=0),
     "Hopper": Robot(1, 10, 2, num_samples=16, horizon=1, tail=19),
     "Walker2d": Robot(1, 10, 2, num_samples=16, horizon=1, tail=9),
     "Ant": Robot(2, np.inf, 3, num_samples=128, horizon=3, tail=0),
