@@ -13,6 +13,7 @@ import datetime
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -215,8 +216,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
     """The commands' line, and the tables: a row for each setting and player of the parts that no picture shows."""
     seeds = sorted({int(x["seed"]) for x in rows})
     commits, dates = (", ".join(sorted({x[name] for x in rows})) for name in ("commit", "date"))
-    lines = [f"`python results/zero_shot.py`, commit {commits}, {dates}. An episode a seed, the first {seeds[0]}; mean"]
-    lines[0] += " ± half of Student's 95 % interval."
+    about = f"`python results/zero_shot.py`, commit {commits}, {dates}. An episode a seed, the first {seeds[0]}."
+    lines = textwrap.wrap(f"{about} Mean ± half of Student's 95 % interval.", 120)
     names = {"basic": 0, "addon": 0, "length": 0, "core seconds per 1000 steps": 1}  # and digits
     header = " | ".join(["environment", "setting", "player", "episodes", "total", *names]).replace("addon", "add-on")
     lines += ["", f"| {header} |", "|---" * 9 + "|"]

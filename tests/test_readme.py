@@ -54,7 +54,8 @@ def test_every_flag_is_named(name):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_use_flags_that_exist(document):
-    known = {name: set(flags(name)) for name in (*SCRIPTS, *SAC_SCRIPTS, "enjoy", "priors/from_sb3", "priors/measure")}
+    players = ("enjoy", "residual_mppi", "priors/from_sb3", "priors/measure")
+    known = {name: set(flags(name)) for name in (*SCRIPTS, *SAC_SCRIPTS, *players)}
     commands = re.findall(
         r"(?m)^python (?:residual_q_learning/)?(\S+)\.py (.*?)(?:  +#.*)?$", (ROOT / document).read_text()
     )

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "results"))
 import reproduce  # noqa: E402
+import zero_shot  # noqa: E402
 
 TABLES = [name for name in reproduce.TABLES if (reproduce.RESULTS / f"{name}.csv").exists()]
 
@@ -18,6 +19,12 @@ def test_table_is_what_its_csv_says(name):
     rows = reproduce.read_rows(reproduce.RESULTS / f"{name}.csv")
     table = reproduce.markdown(reproduce.in_order(rows, name), name)
     marked = f"<!-- {name} from here -->\n{table}<!-- to here -->"
+    assert marked in (reproduce.RESULTS / "README.md").read_text()
+
+
+def test_zero_shot_table_is_what_its_csv_says():
+    table = zero_shot.markdown(zero_shot.read_rows(zero_shot.RESULTS / "zero-shot.csv"))
+    marked = f"<!-- zero-shot from here -->\n{table}<!-- to here -->"
     assert marked in (reproduce.RESULTS / "README.md").read_text()
 
 
