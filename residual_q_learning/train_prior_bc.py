@@ -1,0 +1,671 @@
+# /// script
+# requires-python = ">=3.11,<3.15"
+# dependencies = [
+#   "jax>=0.10", "flax>=0.12", "optax>=0.2.5", "numpy>=2.0", "envpool>=1.2.5", "gymnasium>=1.1",
+#   "tyro>=0.9", "rich>=13.9", "safetensors>=0.5", "h5py>=3.12",
+# ]
+# ///
+"""Make a prior of demonstrations: maximum likelihood of a Gaussian policy, where no reward is known.
+
+Behaviour cloning maximises E[ log pi_theta(a|s) ] over the steps that were recorded.  Residual Q-Learning (arXiv
+2306.09526) customises such an imitated prior: residual_ppo.py and residual_sac.py need its log pi, and no reward.  For a
+squashed policy the density is that of a = tanh(u): log pi(a|s) = log N(u; mean, std) - log |da/du|, whose last term does
+not depend on theta.  Log pi is worth something only where the demonstrations say how far actions may deviate: record
+sampled actions, not mean ones.  The policy file names no temperature alpha, as none is known.
+
+    python enjoy.py priors/Hopper-v4.safetensors --episodes 20 --record hopper.npz
+    python residual_q_learning/train_prior_bc.py --env-id Hopper-v4 --demonstrations hopper.npz --export clone.safetensors
+
+In this order: flags; policy; mathematics; demonstrations; simulator; update; train and main; evaluation; policy files.
+Then what a copy can do without: checks and command line.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import envpool
+import flax
+import flax.linen as nn
+import gymnasium
+import h5py
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+import safetensors.numpy
+import tyro
+from jax import Array, lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # data
+    demonstrations: Path
+    """what was recorded: a .npz file, or a Minari dataset, its folder or its .hdf5 file; see read_demonstrations"""
+    env_id: str
+    """the environment that was recorded; EnvPool's of that name evaluates the clone"""
+    env_kwargs: str = "{}"
+    """keyword arguments for EnvPool's make, in JSON"""
+    export: Path | None = None
+    """the policy file to write; if not given, priors/<env-id>-bc.safetensors"""
+    eval_episodes: int = 20
+    """episodes of the evaluation, with sampled and again with deterministic actions; 0: none, and no simulator"""
+    seed: int = 1
+    """seed of the networks, the minibatches, the split and the evaluation"""
+
+    # policy
+    squash: bool = True
+    """tanh-squashed Gaussian; --no-squash: plain Gaussian, actions clipped"""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """widths of the hidden layers"""
+    activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
+    """after each hidden layer"""
+    state_dependent_std: bool = False
+    """let the policy's standard deviation be an output of its network"""
+    min_std: float = 0.05
+    """floor of the standard deviation before squashing, below which log pi would price every change too high"""
+
+    # likelihood
+    num_updates: int = 20_000
+    """updates at most"""
+    batch_size: int = 256
+    """steps in a minibatch, drawn with replacement"""
+    learning_rate: float = 1e-3
+    """learning rate of Adam, which falls linearly to 0 over the updates"""
+    weight_decay: float = 0.0
+    """decoupled weight decay (AdamW) of the networks' matrices, per update, as a multiple of the learning rate"""
+    noise: float = 0.0
+    """standard deviation of Gaussian noise on the normalised observations, as augmentation"""
+    held_out: float = 0.1
+    """share of the episodes, at least one of two or more, on which training is judged and not trained; 0: none"""
+    eval_interval: int = 250
+    """updates between two looks at the held-out episodes"""
+    patience: int = 20
+    """stop after so many looks without a better likelihood of the held-out episodes"""
+    refit: bool = True
+    """then train anew on all episodes, with as many updates as were best for those held out"""
+
+
+# ----------------------------------------------------------------------------------------- policy
+
+
+class RunningStats(NamedTuple):
+    """Mean, variance and number of the data seen so far."""
+
+    mean: Array
+    var: Array
+    count: Array
+
+
+class Actor(nn.Module):
+    """Diagonal Gaussian over actions u before squashing or clipping; its parameters are named as in a policy file.
+
+    The action is tanh(u), stretched from [-1, 1] to the environment's bounds, if squash, else u, clipped to them.
+    """
+
+    action_dim: int
+    hidden_sizes: tuple[int, ...]
+    activation: str = "tanh"
+    state_dependent_std: bool = False
+    squash: bool = True
+    obs_clip: float = 10.0  # bound on normalised observations
+    log_std_form: str = "clip -20 2"  # how a state-dependent deviation comes out of the network
+
+    @nn.compact
+    def __call__(self, obs: Array) -> tuple[Array, Array]:
+        """Map normalised observations (..., obs_dim) to mean (..., action_dim) and log_std, which broadcasts to it."""
+        x = hidden_layers(obs, "actor_mean", self.hidden_sizes, self.activation)
+        mean = dense(self.action_dim, 0.01, f"actor_mean.{2 * len(self.hidden_sizes)}")(x)
+        if self.state_dependent_std:
+            return mean, bounded_log_std(dense(self.action_dim, 0.01, "actor_logstd")(x), self.log_std_form)
+        return mean, self.param("actor_logstd", nn.initializers.zeros, (self.action_dim,))
+
+
+def dense(size: int, scale: float, name: str) -> nn.Dense:
+    """A linear layer with orthogonal weights, in true float32 on every device.
+
+    GPUs and TPUs round the factors of a product unless told otherwise, which moves log pi by up to 0.7 nats.
+    """
+    return nn.Dense(size, kernel_init=nn.initializers.orthogonal(scale), precision=lax.Precision.HIGHEST, name=name)
+
+
+def hidden_layers(x: Array, name: str, sizes: tuple[int, ...], activation: str) -> Array:
+    """The hidden layers of a network, named as those of a torch.nn.Sequential; (..., inputs) -> (..., sizes[-1])."""
+    for i, size in enumerate(sizes):
+        x = getattr(nn, activation)(dense(size, 2**0.5, f"{name}.{2 * i}")(x))
+    return x
+
+
+def bounded_log_std(x: Array, form: str) -> Array:
+    """A network's output as a log standard deviation, by a form of priors/README.md; ValueError if it is none."""
+    kind, low, high = (*form.split(), "2")[:3]
+    low, high = float(low), float(high)
+    if kind == "clip" and -20 <= low < high <= 20:
+        return jnp.clip(x, low, high)
+    if kind == "tanh" and -20 <= low < high <= 20:
+        return low + (high - low) / 2 * (jnp.tanh(x) + 1)
+    if kind == "softplus" and 0 < low <= 1:
+        return jnp.log(jax.nn.softplus(x) + low)
+    raise ValueError(f"log_std is {form!r}, none of 'clip LOW HIGH', 'tanh LOW HIGH' and 'softplus MIN'")
+
+
+@flax.struct.dataclass
+class Policy:
+    """All that acting needs: parameters of an Actor, and the normaliser of its observations."""
+
+    params: Any
+    obs_stats: RunningStats
+    actor: Actor = flax.struct.field(pytree_node=False)
+
+
+def normalise(obs: Array, stats: RunningStats, obs_clip: float) -> Array:
+    """Observations (..., obs_dim) with zero mean and unit variance, clipped to [-obs_clip, obs_clip]."""
+    return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -obs_clip, obs_clip)
+
+
+def action_distribution(policy: Policy, obs: Array) -> tuple[Array, Array]:
+    """Mean and log_std of the action before squashing or clipping, given observations that are not normalised."""
+    return policy.actor.apply(policy.params, normalise(obs, policy.obs_stats, policy.actor.obs_clip))
+
+
+def gaussian_log_prob(action: Array, mean: Array, log_std: Array) -> Array:
+    """log N(action; mean, exp(log_std)^2), summed over the last axis; (..., action_dim) -> (...), in nats."""
+    z = (action - mean) * jnp.exp(-log_std)
+    return (-0.5 * z**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
+
+
+def tanh_log_det(action: Array) -> Array:
+    """log |det d tanh(u)/du| at u = action, (..., action_dim) -> (...), in a form exact also where tanh saturates."""
+    return (2 * (jnp.log(2.0) - action - jax.nn.softplus(-2 * action))).sum(-1)
+
+
+def policy_log_prob(policy: Policy, obs: Array, action: Array) -> Array:
+    """log pi(a|s) in nats, the action given before squashing or clipping; (..., obs_dim), (..., action_dim) -> (...).
+
+    A squashed policy's density is that of a = tanh(u) in [-1, 1]^action_dim.
+    """
+    log_prob = gaussian_log_prob(action, *action_distribution(policy, obs))
+    return log_prob - tanh_log_det(action) if policy.actor.squash else log_prob
+
+
+# ------------------------------------------------------------------------------------ mathematics
+
+
+BOUND_MARGIN = 1e-6  # of the actions' half range, beyond which atanh knows nothing: |u| <= 7.25
+
+
+def unsquash(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Actions before squashing, u with action = low + (tanh(u) + 1) / 2 (high - low), and where they were clipped.
+
+    Args: action (..., action_dim), bounds (action_dim,). Returns: two arrays (..., action_dim), the second of bool.
+    """
+    unit, bound = 2 * (np.float64(action) - low) / (np.float64(high) - low) - 1, 1 - BOUND_MARGIN
+    return np.float32(np.arctanh(np.clip(unit, -bound, bound))), np.abs(unit) > bound
+
+
+def observation_stats(obs: np.ndarray) -> RunningStats:
+    """Mean and variance of observations (steps, obs_dim); inputs that never change get a variance that silences them."""
+    mean, var = np.float64(obs).mean(0), np.float64(obs).var(0)
+    return RunningStats(np.float32(mean), np.float32(np.where(var > 1e-10, var, 1e12)), np.float32(len(obs)))
+
+
+def negative_log_likelihood(params: Any, actor: Actor, obs: Array, action: Array) -> Array:
+    """- mean log N(action; mean(obs), std(obs)) in nats, of normalised observations and actions before squashing.
+
+    The Jacobian of the squashing is left out: it does not depend on the parameters.
+    """
+    return -gaussian_log_prob(action, *actor.apply(params, obs)).mean()
+
+
+def floor_deviation(params: Any, min_std: float) -> Any:
+    """The parameters with a deviation of at least min_std, if it is one of them; else log_std_form has the floor."""
+    tree = params["params"]
+    if not isinstance(tree["actor_logstd"], dict):
+        tree = tree | {"actor_logstd": jnp.maximum(tree["actor_logstd"], jnp.log(min_std))}
+    return params | {"params": tree}
+
+
+# --------------------------------------------------------------------------------- demonstrations
+
+
+class StopRun(Exception):
+    """Ends the program with one line for the user; exit code 2: bad input, 1: a fault on the way, 128 + n: signal n."""
+
+    def __init__(self, message: str, exit_code: int = 2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Demonstrations(NamedTuple):
+    """Recorded episodes, one after the other."""
+
+    obs: np.ndarray  # before each step, (steps, obs_dim), float32
+    action: np.ndarray  # in the environment's units, (steps, action_dim), float32
+    episode: np.ndarray  # the number of each step's episode, (steps,)
+    bounds: tuple[np.ndarray, np.ndarray] | None  # of the actions, each (action_dim,), if they are known
+
+
+def read_npz(path: Path) -> tuple[list[dict[str, np.ndarray]], Any]:
+    """Episodes and bounds of an .npz file, with or without compression; ValueError or KeyError if it is none.
+
+    observations (steps, obs_dim), each before its step; actions (steps, action_dim) in the environment's units;
+    terminations and truncations (steps,), of which one is true on the last step of an episode, and the last step of all
+    is one; optionally action_low and action_high (action_dim,), the bounds of the actions.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in ("observations", "actions", "terminations", "truncations")}
+        bounds = [file[name] for name in ("action_low", "action_high") if name in file]
+    if len({len(x) for x in arrays.values()}) > 1:
+        raise ValueError(f"its arrays differ in length: {', '.join(f'{k} {len(x)}' for k, x in arrays.items())}")
+    ends = np.flatnonzero(arrays["terminations"].astype(bool) | arrays["truncations"].astype(bool)) + 1
+    if len(ends) and ends[-1] < len(arrays["actions"]):
+        raise ValueError("its last episode does not end; set the last of truncations, or leave that episode out")
+    parts = zip(*(np.split(x, ends)[:-1] for x in arrays.values()), strict=True)
+    return [dict(zip(arrays, part, strict=True)) for part in parts], bounds or None
+
+
+def read_minari(path: Path) -> tuple[list[dict[str, np.ndarray]], Any]:
+    """Episodes and bounds of a Minari dataset in HDF5; ValueError, OSError or KeyError if it is none.
+
+    A group episode_<number> for each episode has observations, one more than steps, actions, terminations and
+    truncations; metadata.json beside the file, or an attribute of old versions, has the space of the actions in JSON.
+    """
+    path = path / "data" if (path / "data").is_dir() else path
+    path = path / "main_data.hdf5" if path.is_dir() else path
+    names, metadata = ("observations", "actions", "terminations", "truncations"), path.with_name("metadata.json")
+    with h5py.File(path) as file:
+        groups = sorted((name for name in file if name.startswith("episode_")), key=lambda x: int(x[8:]))
+        episodes = [{name: np.asarray(file[f"{group}/{name}"]) for name in names} for group in groups]
+        space = json.loads(metadata.read_text() if metadata.exists() else "{}").get("action_space")
+        space = json.loads(space or file.attrs.get("action_space", "{}"))
+    for episode in episodes:
+        if len(episode["observations"]) == len(episode["actions"]) + 1:
+            episode["observations"] = episode["observations"][:-1]
+    return episodes, (space["low"], space["high"]) if "low" in space else None
+
+
+def read_demonstrations(path: Path) -> Demonstrations:
+    """Demonstrations from an .npz file (see read_npz), or from a Minari dataset (see read_minari); StopRun if unfit."""
+    try:
+        minari = path.is_dir() or path.suffix in (".hdf5", ".h5")
+        episodes, bounds = read_minari(path) if minari else read_npz(path)
+        if not episodes:
+            raise ValueError("it has no complete episode")
+        for number, episode in enumerate(episodes):
+            check_episode(episode, episodes[0], number)
+        lengths = [len(episode["actions"]) for episode in episodes]
+        obs, action = (np.concatenate([x[name] for x in episodes]) for name in ("observations", "actions"))
+        if bounds is not None:
+            low, high = (np.broadcast_to(np.float32(x), action.shape[1:]) for x in bounds)
+            if not (low < high).all():
+                raise ValueError("its actions' lower bounds are not all below the upper ones")
+            bounds = (low, high)
+        numbers = np.repeat(np.arange(len(episodes)), lengths)
+        return Demonstrations(np.float32(obs), np.float32(action), numbers, bounds)
+    except FileNotFoundError as error:
+        hint = "record some with enjoy.py --record"
+        raise StopRun(f"there are no demonstrations {error.filename or path}; {hint}") from None
+    except Exception as error:  # a damaged file can fail in any way
+        raise StopRun(f"the demonstrations {path} cannot be used: {type(error).__name__}: {error}") from None
+
+
+def check_episode(episode: dict[str, np.ndarray], first: dict[str, np.ndarray], number: int) -> None:
+    """ValueError unless an episode has finite vectors for each of its steps, as long as the first one's, and ends."""
+    steps = len(episode["actions"])
+    for name in ("observations", "actions"):
+        x, size = episode[name], first[name].shape[-1:]
+        if x.ndim != 2 or x.shape != (steps, *size) or not x.size or not np.issubdtype(x.dtype, np.number):
+            expected = f"numbers of shape ({steps}, {size[0] if size else 'size'})"
+            raise ValueError(f"the {name} of episode {number} are {x.dtype} {x.shape}, not {expected}")
+        if np.iscomplexobj(x) or not np.isfinite(np.float32(x)).all():
+            raise ValueError(f"the {name} of episode {number} have entries that are NaN, infinite or complex")
+    ends = episode["terminations"].astype(bool) | episode["truncations"].astype(bool)
+    if ends.shape != (steps,) or not ends[-1] or ends[:-1].any():
+        what = "terminations or truncations must be true on its last step, and on no other"
+        raise ValueError(f"episode {number} of {steps} steps does not end as it should: {what}")
+
+
+def held_out_steps(args: Args, episode: np.ndarray) -> np.ndarray:
+    """Which steps are held out (steps,): those of whole episodes, as steps of one episode are too much alike."""
+    count = episode[-1] + 1
+    size = max(1, round(args.held_out * count)) if args.held_out and count > 1 else 0
+    return np.isin(episode, np.random.default_rng(seed_words(args.seed, TRAINING)).permutation(count)[:size])
+
+
+def action_bounds(args: Args, data: Demonstrations, simulator: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds of the actions, each (action_dim,), of the demonstrations' file or else of the simulator."""
+    low, high = data.bounds or ((simulator.low, simulator.high) if simulator else (-np.inf, np.inf))
+    return low, high
+
+
+# -------------------------------------------------------------------------------------- simulator
+
+
+class Simulator(NamedTuple):
+    """Environments behind two functions. For a simulator of your own, replace make_simulator and nothing else.
+
+    An end: the step that ends an episode returns its last observation. The next one ignores its action, resets, and
+    returns the first observation of the next episode: it is no transition, and its reward does not count (Gymnasium's
+    AutoresetMode.NEXT_STEP). A simulator that resets within the same step must hold the first observation back until
+    then. To return it at once is a silent error: values would be bootstrapped from the wrong observation.
+
+    device is where the environments live, and rollouts and evaluations run: a CPU, to which the policy is then copied
+    in every iteration, or the accelerator, jax.devices()[0], if the environments are of JAX.
+    """
+
+    reset: Callable  # () -> state, obs (num_envs, obs_dim); called once before training, and before each evaluation
+    step: Callable  # state, action (num_envs, action_dim) -> state, obs, reward, terminated, truncated; to be traced
+    obs_dim: int
+    low: np.ndarray  # bounds of the action (action_dim,)
+    high: np.ndarray
+    device: jax.Device
+    version: str  # for the record
+
+
+def make_simulator(env_id: str, env_kwargs: str, seeds: np.ndarray) -> Simulator:
+    """EnvPool's environments, one for each of the seeds (num_envs,); StopRun unless it has what fits.
+
+    Training has one of --num-envs environments, each evaluation one with an environment for every episode.
+    """
+    try:
+        pool = envpool.make(
+            env_id, env_type="gymnasium", num_envs=len(seeds), seed=seeds.tolist(), **json.loads(env_kwargs)
+        )
+        obs_space, action_space = pool.observation_space, pool.action_space
+    except Exception as error:  # each of its environments fails in its own way
+        hint = "envpool.list_all_envs() names them, --env-kwargs is a JSON object"
+        raise StopRun(f"EnvPool has no {env_id} with {env_kwargs} ({type(error).__name__}: {error}); {hint}") from None
+    for what, space in {"observations": obs_space, "actions": action_space}.items():
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+            kind = " ".join([type(space).__name__, *([str(space.shape)] if space.shape else [])])
+            raise StopRun(f"the {what} of {env_id} are {kind}, not vectors (Box); choose another --env-id")
+    with jax.enable_x64(True):  # some of EnvPool's environments speak float64
+        handle, _, _, xla_step = pool.xla()
+
+    def reset():
+        return handle, pool.reset()[0].astype(np.float32)
+
+    def step(handle, action):
+        with jax.enable_x64(True):
+            handle, (obs, reward, terminated, truncated, _) = xla_step(handle, action.astype(action_space.dtype))
+            return handle, obs.astype(jnp.float32), reward.astype(jnp.float32), terminated, truncated
+
+    bounds, device = (np.float32(action_space.low), np.float32(action_space.high)), jax.devices("cpu")[0]
+    version = f"envpool {importlib.metadata.version('envpool')}"  # which has a MuJoCo of its own within
+    return Simulator(reset, step, *obs_space.shape, *bounds, device, version)
+
+
+# ----------------------------------------------------------------------------------------- update
+
+
+# What the random numbers of a run are for; each use has seeds of its own.
+TRAINING, EVALUATION, NETWORKS, ROLLOUT, UPDATE, PLAY, REFILL = range(7)
+
+
+def seed_words(seed: int, use: int, iteration: int = 0, size: int = 2) -> np.ndarray:
+    """Random uint32 numbers (size,): environments' seeds or a key, independent for different arguments."""
+    return np.random.SeedSequence((seed, use, iteration)).generate_state(size)
+
+
+def wrap_key(words: Array) -> Array:
+    """A key for jax.random from seed_words, an argument of compiled functions, which thus serve every seed."""
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
+class Steps(NamedTuple):
+    """What the likelihood is of."""
+
+    obs: Array  # (steps, obs_dim)
+    action: Array  # before squashing or clipping, (steps, action_dim)
+
+
+class CloneState(NamedTuple):
+    """What an update changes."""
+
+    params: Any  # of the actor
+    opt_state: optax.OptState
+
+
+def clone_optimizer(args: Args) -> optax.GradientTransformation:
+    """Adam with a rate that falls linearly to 0, and with decoupled weight decay of the matrices."""
+    rate = optax.linear_schedule(args.learning_rate, 0.0, args.num_updates)
+    matrices = partial(jax.tree.map, lambda x: x.ndim > 1)
+    return optax.adamw(rate, weight_decay=args.weight_decay, mask=matrices)
+
+
+@partial(jax.jit, static_argnames=("args", "actor"))
+def updates(args: Args, actor: Actor, state: CloneState, obs: Array, action: Array, key: Array) -> CloneState:
+    """args.eval_interval updates on random steps of normalised observations, and actions before squashing."""
+
+    def update(state, key):
+        row_key, noise_key = jax.random.split(key)
+        rows = jax.random.randint(row_key, (args.batch_size,), 0, len(obs))
+        noisy = obs[rows] + args.noise * jax.random.normal(noise_key, (args.batch_size, obs.shape[1]), jnp.float32)
+        grads = jax.grad(negative_log_likelihood)(state.params, actor, noisy, action[rows])
+        step, opt_state = clone_optimizer(args).update(grads, state.opt_state, state.params)
+        return CloneState(floor_deviation(optax.apply_updates(state.params, step), args.min_std), opt_state), None
+
+    return lax.scan(update, state, jax.random.split(wrap_key(key), args.eval_interval))[0]
+
+
+# --------------------------------------------------------------------------------- train and main
+
+
+@jax.jit
+def mean_log_prob(policy: Policy, obs: Array, action: Array) -> Array:
+    """Mean of log pi(a|s) over steps (steps, obs_dim), (steps, action_dim), in nats."""
+    return policy_log_prob(policy, obs, action).mean()
+
+
+def train(
+    args: Args, actor: Actor, steps: Steps, held_out: Steps | None, num_updates: int, say: Callable
+) -> tuple[Policy, int]:
+    """The policy that gives held_out its best mean log pi, else the last one, and after how many updates."""
+    stats = observation_stats(steps.obs)
+    inputs = normalise(steps.obs, stats, actor.obs_clip)
+    params = actor.init(wrap_key(seed_words(args.seed, NETWORKS)), inputs[0])
+    state, best, best_updates, best_score = CloneState(params, clone_optimizer(args).init(params)), None, 0, -np.inf
+    for i in range(num_updates // args.eval_interval):
+        state = updates(args, actor, state, inputs, steps.action, seed_words(args.seed, UPDATE, i))
+        policy, done = Policy(state.params, stats, actor), (i + 1) * args.eval_interval
+        score = float(mean_log_prob(policy, *(held_out or steps)))
+        if not np.isfinite(score):
+            raise StopRun(f"log pi is {score} after {done} updates; try a lower --learning-rate", 1)
+        if score > best_score or not held_out:
+            best, best_updates, best_score = policy, done, score
+        if (i + 1) % 10 == 0:
+            say(f"{done:6} updates  mean log pi {'held out' if held_out else 'in training'} {score:.3f} nats")
+        if done - best_updates >= args.patience * args.eval_interval:
+            break
+    return best, best_updates
+
+
+def main(args: Args, say: Callable) -> None:
+    """Clone what was recorded; say hears of it, in lines of text."""
+    data = read_demonstrations(args.demonstrations)
+    simulator = None
+    if args.eval_episodes:
+        seeds = env_seeds(args.seed, EVALUATION, 2 * args.eval_episodes)
+        simulator = make_simulator(args.env_id, args.env_kwargs, seeds)
+    low, high = action_bounds(args, data, simulator)
+    action, clipped = unsquash(data.action, low, high) if args.squash else (data.action, np.abs(data.action) >= high)
+    steps = Steps(data.obs, action)
+    form = (args.hidden_sizes, args.activation, args.state_dependent_std, args.squash)
+    actor = Actor(action.shape[1], *form, log_std_form=f"clip {np.log(args.min_std):.6g} 2")
+    held = held_out_steps(args, data.episode)
+    say(f"demonstrations: {data.episode[-1] + 1} episodes, {len(held)} steps, {held.sum()} of them held out")
+    if clipped.any():
+        say(f"note     {clipped.mean():.2%} of the actions' entries are at a bound")
+
+    fit, held_out = (Steps(*(x[rows] for x in steps)) for rows in (~held, held))
+    policy, num_updates = train(args, actor, fit, held_out if held.any() else None, args.num_updates, say)
+    log_probs = {"training": float(mean_log_prob(policy, *fit))}
+    if held.any():
+        log_probs["held_out"] = float(mean_log_prob(policy, *held_out))
+        if args.refit:
+            policy, _ = train(args, actor, steps, None, num_updates, say)
+    returns = play(simulator, policy, args.seed) if simulator else {}
+    about = provenance(args, simulator.version if simulator else "none")
+    about |= {"updates": num_updates, "mean_log_prob": log_probs}
+    write_atomic(args.export, clone_bytes(policy, args, returns, about))
+    say(str(log_probs)); say(str(num_updates)); say(str({k: (v.mean(), v.std()) for k, v in returns.items()}))
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+ACTIONS = ("stochastic", "deterministic")
+
+
+def env_seeds(seed: int, use: int, num_envs: int) -> np.ndarray:
+    """Seeds of environments (num_envs,), below 2^31, as EnvPool wants them; use is TRAINING or EVALUATION."""
+    return seed_words(seed, use, size=num_envs) // 2
+
+
+@partial(jax.jit, static_argnames="step_simulator")
+def first_returns(
+    step_simulator: Callable, low: Array, high: Array, policy: Policy, state: Any, obs: Array, key: Array
+) -> Array:
+    """The return of each environment's first episode (num_envs,), half of them with sampled actions."""
+    sampled = jnp.arange(len(obs))[:, None] < len(obs) // 2
+
+    def step(carry):
+        key, state, obs, returns, running = carry
+        key, noise_key = jax.random.split(key)
+        mean, log_std = action_distribution(policy, obs)
+        action = mean + sampled * jnp.exp(log_std) * jax.random.normal(noise_key, mean.shape, jnp.float32)
+        squashed = low + (jnp.tanh(action) + 1) / 2 * (high - low)
+        bounded = squashed if policy.actor.squash else jnp.clip(action, low, high)
+        state, obs, reward, terminated, truncated = step_simulator(state, bounded)
+        return key, state, obs, returns + jnp.where(running, reward, 0), running & ~(terminated | truncated)
+
+    start = (wrap_key(key), state, obs, jnp.zeros(len(obs)), jnp.ones(len(obs), bool))
+    return lax.while_loop(lambda carry: carry[-1].any(), step, start)[-2]
+
+
+def play(simulator: Simulator, policy: Policy, seed: int) -> dict[str, np.ndarray]:
+    """Returns of episodes with ACTIONS, an episode in each environment; {actions: (episodes,)}."""
+    inputs = (simulator.low, simulator.high, policy, *simulator.reset(), seed_words(seed, PLAY))
+    returns = first_returns(simulator.step, *jax.device_put(jax.device_get(inputs), simulator.device))
+    return dict(zip(ACTIONS, np.split(np.float64(jax.device_get(returns)), 2), strict=True))
+
+
+# ----------------------------------------------------------------------------------- policy files
+
+
+def policy_tensors(policy: Policy) -> dict[str, Any]:
+    """A policy's arrays as a policy file has them (see priors/README.md): weights are (outputs, inputs)."""
+    params = flax.traverse_util.flatten_dict(policy.params["params"])
+    tensors = {".".join(path).replace("kernel", "weight"): x.T for path, x in params.items()}
+    return tensors | {"obs_mean": policy.obs_stats.mean, "obs_var": policy.obs_stats.var}
+
+
+def policy_digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    """SHA-256 over all that a policy file says, to find damage."""
+    digest = hashlib.sha256(json.dumps({**metadata, "sha256": ""}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].tobytes())
+    return digest.hexdigest()
+
+
+def clone_bytes(policy: Policy, args: Args, returns: dict[str, np.ndarray], training: dict) -> bytes:
+    """A policy file (safetensors), with its returns and how it was made; alpha, gamma and reward are not known."""
+    actor = policy.actor
+    tensors = {name: np.ascontiguousarray(x) for name, x in policy_tensors(jax.device_get(policy)).items()}
+    metadata = {"format": "pt", "env_id": args.env_id, "squash": str(actor.squash).lower()}
+    metadata |= {"hidden_sizes": json.dumps(actor.hidden_sizes), "activation": actor.activation}
+    metadata |= {"obs_clip": str(actor.obs_clip)} | ({"log_std": actor.log_std_form} if args.state_dependent_std else {})
+    if returns:
+        metadata["returns"] = ", ".join(f"{kind} {x.mean():.0f} ± {x.std():.0f}" for kind, x in returns.items())
+    metadata["training"] = json.dumps(training, default=str)
+    metadata["sha256"] = policy_digest(tensors, metadata)
+    return safetensors.numpy.save(tensors, metadata)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file such that a crash leaves the old one or the new one, never half of one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# A copy for a project of your own may end here; CONTRIBUTING.md shows the few lines that then stand for all below.
+
+# ------------------------------------------------------------------------ checks and command line
+
+
+class Console(rich.console.Console):
+    """A terminal whose reader may go away: the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Say it once, where it can still be read."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("standard output is closed; going on without it", file=sys.stderr, flush=True)
+
+
+CONSOLE = Console(highlight=False, soft_wrap=True)
+
+
+def provenance(args: Args, simulator: str) -> dict[str, Any]:
+    """The arguments, and what else results depend on; without git, no commit."""
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
+    return {
+        "command": shlex.join(sys.argv),
+        "args": dataclasses.asdict(args),
+        "git_commit": git.stdout.strip() or None,
+        "packages": {"python": sys.version.split()[0]} | packages,
+        "simulator": simulator,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def stop(message: str, exit_code: int) -> None:
+    """End this process with one line."""
+    print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """End this process with one line for what the user, the machine or a signal did; leave faults of ours to Python."""
+    jax.config.update("jax_enable_x64", False)  # whatever JAX_ENABLE_X64 says
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ± or θ shows ?
+    threading.excepthook = lambda fault: print(f"the log: {fault.exc_value}", file=sys.stderr)  # as of a full disk
+    signal.signal(signal.SIGTERM, lambda *_: stop("SIGTERM", 128 + signal.SIGTERM))
+    try:
+        yield
+    except StopRun as error:
+        stop(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        stop("interrupted", 130)
+    except OSError as error:  # as of a full disk
+        stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+
+
+def check_clone_args(args): return args
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(check_clone_args(tyro.cli(Args, description=__doc__)), CONSOLE.print)
