@@ -14,6 +14,7 @@ This file is also the reference reader of the policy file: read_policy and act a
 """
 
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -64,6 +65,8 @@ class Args:
     # output
     json: Path | None = None
     """write every episode to this new .json file"""
+    record: Path | None = None
+    """write every step to this new .npz file, as demonstrations for train_prior_bc.py"""
     window: bool = False
     """watch in Gymnasium's viewer"""
     video: Path | None = None
@@ -398,6 +401,41 @@ class EnvPoolEnv:
         """Nothing is to be closed."""
 
 
+class Recorder:
+    """An environment that keeps what passes through it: lists of arrays, by what they are."""
+
+    def __init__(self, env: Any):
+        """Keep the steps of an environment with Gymnasium's reset and step."""
+        names = ("observations", "actions", "rewards", "terminations", "truncations")
+        self.env, self.obs, self.steps = env, None, {name: [] for name in names}
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the environment's."""
+        return getattr(self.env, name)
+
+    def reset(self, seed: int) -> tuple[np.ndarray, dict]:
+        """Reset."""
+        self.obs, info = self.env.reset(seed=seed)
+        return self.obs, info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Step; the observation that is kept is the one before it."""
+        before = self.obs
+        self.obs, reward, terminated, truncated, info = self.env.step(action)
+        kept = (np.float32(before), action, float(reward), terminated, truncated)
+        for x, column in zip(kept, self.steps.values(), strict=True):
+            column.append(x)
+        return self.obs, reward, terminated, truncated, info
+
+    def npz(self) -> bytes:
+        """An .npz file with the columns (steps, ...), and the bounds of the actions if they have any."""
+        columns, space, file = {name: np.stack(x) for name, x in self.steps.items()}, self.action_space, io.BytesIO()
+        if hasattr(space, "low"):
+            columns |= {"action_low": space.low, "action_high": space.high}
+        np.savez_compressed(file, **columns)
+        return file.getvalue()
+
+
 def make_gymnasium(
     env_id: str, policies: list[NumpyPolicy], kwargs: dict[str, Any], window: bool = False, video: bool = False
 ) -> Any:
@@ -555,7 +593,11 @@ def check_output_flags(args: Args) -> None:
         raise StopRun(f"--addon-coef is {args.addon_coef}; it must be a finite number")
     if min(args.video_size) < 2 or any(size % 2 for size in args.video_size):
         raise StopRun(f"--video-size is {args.video_size}; width and height must be even and above 0")
-    for flag, path, suffixes in (("--video", args.video, (".mp4", ".gif")), ("--json", args.json, (".json",))):
+    if args.record and args.against:
+        raise StopRun("--record is of one policy; leave --against out")
+    files = {"--video": (args.video, (".mp4", ".gif")), "--json": (args.json, (".json",))}
+    files["--record"] = (args.record, (".npz",))
+    for flag, (path, suffixes) in files.items():
         if path is None:
             continue
         if path.suffix not in suffixes:
@@ -591,7 +633,8 @@ def main(args: Args) -> None:
     )
     for label, path in zip(("policy", "against"), paths, strict=False):
         CONSOLE.print(f"{label:8} {path}")
-    results = play_all(env, policies, addon, args)
+    recorder = Recorder(env)
+    results = play_all(recorder if args.record else env, policies, addon, args)
     env.close()
     CONSOLE.print(episodes_table(results, addon.label, "deterministic" if args.deterministic else "sampled"))
     if args.json:
@@ -601,6 +644,9 @@ def main(args: Args) -> None:
         content = {"settings": settings, "quantity": addon.label, "policies": played}
         write_atomic(args.json, json.dumps(content, indent=1, default=str).encode())
         CONSOLE.print(f"every episode is in {shlex.quote(str(args.json))}")
+    if args.record:
+        write_atomic(args.record, recorder.npz())
+        CONSOLE.print(f"every step is in {shlex.quote(str(args.record))}")
     if args.video:
         CONSOLE.print("recording ...")  # which takes minutes without a GPU
         envs = [make_gymnasium(env_id, policies, kwargs) for _ in policies]
