@@ -7,14 +7,14 @@
 # ///
 """Make a prior of demonstrations: maximum likelihood of a Gaussian policy, where no reward is known.
 
-Behaviour cloning maximises E[ log pi_theta(a|s) ] over the steps that were recorded.  Residual Q-Learning (arXiv
-2306.09526) customises such an imitated prior: residual_ppo.py and residual_sac.py need its log pi, and no reward.  For a
-squashed policy the density is that of a = tanh(u): log pi(a|s) = log N(u; mean, std) - log |da/du|, whose last term does
-not depend on theta.  Log pi is worth something only where the demonstrations say how far actions may deviate: record
-sampled actions, not mean ones.  The policy file names no temperature alpha, as none is known.
+Behaviour cloning maximises E[ log pi_theta(a|s) ] over the recorded steps.  Residual Q-Learning (arXiv 2306.09526)
+customises such imitated priors: residual_ppo.py and residual_sac.py need its log pi, and no reward.  The density of a
+squashed policy is that of a = tanh(u), log pi(a|s) = log N(u; mean, std) - log |da/du|, whose last term is the same for
+every theta.  Log pi says what a deviation costs only if the demonstrations deviate: record sampled actions, not mean
+ones.  The policy file names no temperature alpha, as none is known.
 
     python enjoy.py priors/Hopper-v4.safetensors --episodes 20 --record hopper.npz
-    python residual_q_learning/train_prior_bc.py --env-id Hopper-v4 --demonstrations hopper.npz --export clone.safetensors
+    python residual_q_learning/train_prior_bc.py --env-id Hopper-v4 --demonstrations hopper.npz
 
 In this order: flags; policy; mathematics; demonstrations; simulator; update; train and main; evaluation; policy files.
 Then what a copy can do without: checks and command line.
@@ -218,7 +218,7 @@ def unsquash(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.
 
 
 def observation_stats(obs: np.ndarray) -> RunningStats:
-    """Mean and variance of observations (steps, obs_dim); inputs that never change get a variance that silences them."""
+    """Mean and variance of observations (steps, obs_dim); a constant one gets a variance that silences it."""
     mean, var = np.float64(obs).mean(0), np.float64(obs).var(0)
     return RunningStats(np.float32(mean), np.float32(np.where(var > 1e-10, var, 1e12)), np.float32(len(obs)))
 
@@ -347,9 +347,25 @@ def held_out_steps(args: Args, episode: np.ndarray) -> np.ndarray:
 
 
 def action_bounds(args: Args, data: Demonstrations, simulator: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The bounds of the actions, each (action_dim,), of the demonstrations' file or else of the simulator."""
-    low, high = data.bounds or ((simulator.low, simulator.high) if simulator else (-np.inf, np.inf))
-    return low, high
+    """The bounds of the actions, each (action_dim,): the simulator's, or else those of the demonstrations' file.
+
+    Raises: StopRun if demonstrations and simulator do not fit, or if there are no bounds to squash to.
+    """
+    size = data.action.shape[1]
+    if simulator:
+        ours, theirs = (data.obs.shape[1], size), (simulator.obs_dim, len(simulator.low))
+        bounds = simulator.low, simulator.high
+        if ours != theirs:
+            what = "the demonstrations have {} observations and {} actions a step, {} has {} and {}; change --env-id"
+            raise StopRun(what.format(*ours, args.env_id, *theirs))
+        if data.bounds and not np.allclose(bounds, data.bounds):
+            raise StopRun(f"the demonstrations' actions have other bounds than {args.env_id}'s; change --env-id")
+    else:
+        bounds = data.bounds or (np.full(size, -np.inf), np.full(size, np.inf))
+    if args.squash and not np.isfinite(bounds).all():
+        how = "add action_low and action_high to the file, or use --no-squash"
+        raise StopRun(f"the actions have no known bounds, to which squashing could stretch; {how}")
+    return bounds
 
 
 # -------------------------------------------------------------------------------------- simulator
@@ -441,10 +457,12 @@ class CloneState(NamedTuple):
 
 
 def clone_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam with a rate that falls linearly to 0, and with decoupled weight decay of the matrices."""
-    rate = optax.linear_schedule(args.learning_rate, 0.0, args.num_updates)
-    matrices = partial(jax.tree.map, lambda x: x.ndim > 1)
-    return optax.adamw(rate, weight_decay=args.weight_decay, mask=matrices)
+    """Adam with a rate that falls linearly to 0, and with decoupled weight decay of the matrices (AdamW)."""
+    adam = optax.flatten(optax.scale_by_adam())  # all parameters as one vector, which is faster on a CPU
+    decay = optax.add_decayed_weights(args.weight_decay, mask=partial(jax.tree.map, lambda x: x.ndim > 1))
+    return optax.chain(
+        adam, decay, optax.scale_by_learning_rate(optax.linear_schedule(args.learning_rate, 0, args.num_updates))
+    )
 
 
 @partial(jax.jit, static_argnames=("args", "actor"))
@@ -454,8 +472,10 @@ def updates(args: Args, actor: Actor, state: CloneState, obs: Array, action: Arr
     def update(state, key):
         row_key, noise_key = jax.random.split(key)
         rows = jax.random.randint(row_key, (args.batch_size,), 0, len(obs))
-        noisy = obs[rows] + args.noise * jax.random.normal(noise_key, (args.batch_size, obs.shape[1]), jnp.float32)
-        grads = jax.grad(negative_log_likelihood)(state.params, actor, noisy, action[rows])
+        seen = obs[rows]
+        if args.noise:
+            seen += args.noise * jax.random.normal(noise_key, seen.shape, jnp.float32)
+        grads = jax.grad(negative_log_likelihood)(state.params, actor, seen, action[rows])
         step, opt_state = clone_optimizer(args).update(grads, state.opt_state, state.params)
         return CloneState(floor_deviation(optax.apply_updates(state.params, step), args.min_std), opt_state), None
 
@@ -468,13 +488,13 @@ def updates(args: Args, actor: Actor, state: CloneState, obs: Array, action: Arr
 @jax.jit
 def mean_log_prob(policy: Policy, obs: Array, action: Array) -> Array:
     """Mean of log pi(a|s) over steps (steps, obs_dim), (steps, action_dim), in nats."""
-    return policy_log_prob(policy, obs, action).mean()
+    return getattr(jnp, os.environ.get("STAT", "mean"))(policy_log_prob(policy, obs, action))
 
 
 def train(
-    args: Args, actor: Actor, steps: Steps, held_out: Steps | None, num_updates: int, say: Callable
+    args: Args, actor: Actor, steps: Steps, held_out: Steps, num_updates: int, say: Callable
 ) -> tuple[Policy, int]:
-    """The policy that gives held_out its best mean log pi, else the last one, and after how many updates."""
+    """The policy with the best mean log pi of the steps held out, or if there are none the last one; its updates."""
     stats = observation_stats(steps.obs)
     inputs = normalise(steps.obs, stats, actor.obs_clip)
     params = actor.init(wrap_key(seed_words(args.seed, NETWORKS)), inputs[0])
@@ -482,47 +502,66 @@ def train(
     for i in range(num_updates // args.eval_interval):
         state = updates(args, actor, state, inputs, steps.action, seed_words(args.seed, UPDATE, i))
         policy, done = Policy(state.params, stats, actor), (i + 1) * args.eval_interval
-        score = float(mean_log_prob(policy, *(held_out or steps)))
+        score = float(mean_log_prob(policy, *(held_out if len(held_out.obs) else steps)))
         if not np.isfinite(score):
             raise StopRun(f"log pi is {score} after {done} updates; try a lower --learning-rate", 1)
-        if score > best_score or not held_out:
+        if score > best_score or not len(held_out.obs):
             best, best_updates, best_score = policy, done, score
         if (i + 1) % 10 == 0:
-            say(f"{done:6} updates  mean log pi {'held out' if held_out else 'in training'} {score:.3f} nats")
+            say(f"{done:6} updates  mean log pi {score:.3f} nats{' held out' if len(held_out.obs) else ''}")
         if done - best_updates >= args.patience * args.eval_interval:
             break
     return best, best_updates
 
 
 def main(args: Args, say: Callable) -> None:
-    """Clone what was recorded; say hears of it, in lines of text."""
-    data = read_demonstrations(args.demonstrations)
-    simulator = None
+    """Clone what was recorded; say is told about it, in lines of text."""
+    data, simulator = read_demonstrations(args.demonstrations), None
     if args.eval_episodes:
-        seeds = env_seeds(args.seed, EVALUATION, 2 * args.eval_episodes)
+        seeds = env_seeds(args.seed, EVALUATION, len(ACTIONS) * args.eval_episodes)
         simulator = make_simulator(args.env_id, args.env_kwargs, seeds)
     low, high = action_bounds(args, data, simulator)
-    action, clipped = unsquash(data.action, low, high) if args.squash else (data.action, np.abs(data.action) >= high)
-    steps = Steps(data.obs, action)
-    form = (args.hidden_sizes, args.activation, args.state_dependent_std, args.squash)
-    actor = Actor(action.shape[1], *form, log_std_form=f"clip {np.log(args.min_std):.6g} 2")
-    held = held_out_steps(args, data.episode)
-    say(f"demonstrations: {data.episode[-1] + 1} episodes, {len(held)} steps, {held.sum()} of them held out")
-    if clipped.any():
-        say(f"note     {clipped.mean():.2%} of the actions' entries are at a bound")
-
+    action, at_bound = unsquash(data.action, low, high)
+    steps, held = Steps(data.obs, action if args.squash else data.action), held_out_steps(args, data.episode)
     fit, held_out = (Steps(*(x[rows] for x in steps)) for rows in (~held, held))
-    policy, num_updates = train(args, actor, fit, held_out if held.any() else None, args.num_updates, say)
-    log_probs = {"training": float(mean_log_prob(policy, *fit))}
+    form = (args.hidden_sizes, args.activation, args.state_dependent_std, args.squash)
+    actor = Actor(data.action.shape[1], *form, log_std_form=f"clip {np.log(args.min_std):.6g} 2")
+    say(f"{args.demonstrations}: {data.episode[-1] + 1} episodes, {len(held)} steps, {held.sum()} of them held out")
+
+    policy, num_updates = train(args, actor, fit, held_out, args.num_updates, say)
+    log_prob = {"training": float(mean_log_prob(policy, *fit))}
     if held.any():
-        log_probs["held_out"] = float(mean_log_prob(policy, *held_out))
+        log_prob["held_out"] = float(mean_log_prob(policy, *held_out))
         if args.refit:
-            policy, _ = train(args, actor, steps, None, num_updates, say)
+            policy, _ = train(args, actor, steps, held_out._replace(obs=held_out.obs[:0]), num_updates, say)
+    for note in notes(args, policy, steps, at_bound, log_prob):
+        say(f"note     {note}")
+
     returns = play(simulator, policy, args.seed) if simulator else {}
     about = provenance(args, simulator.version if simulator else "none")
-    about |= {"updates": num_updates, "mean_log_prob": log_probs}
+    about |= {"updates": num_updates, "mean_log_prob": log_prob}
+    args.export.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.export, clone_bytes(policy, args, returns, about))
-    say(str(log_probs)); say(str(num_updates)); say(str({k: (v.mean(), v.std()) for k, v in returns.items()}))
+    texts = [f"{kind} actions {x.mean():.0f} ± {x.std():.0f}" for kind, x in returns.items()]
+    say(f"mean log pi {', '.join(f'{name} {x:.3f}' for name, x in log_prob.items())} nats after {num_updates} updates")
+    say(f"the clone is {args.export}{': return with ' if texts else ''}{', '.join(texts)}")
+
+
+def notes(args: Args, policy: Policy, steps: Steps, at_bound: np.ndarray, log_prob: dict[str, float]) -> list[str]:
+    """What to beware of in the demonstrations, or in what was learned from them."""
+    found, log_std = [], np.asarray(action_distribution(policy, steps.obs)[1])
+    if at_bound.any():
+        how = "clipped a millionth before it" if args.squash else "taken as they are"
+        found.append(f"{at_bound.mean():.2%} of the actions' entries are at a bound or beyond, and {how}")
+    if narrow := (log_std < np.log(args.min_std) + 1e-3).mean():
+        what = "have their deviation at --min-std, as with mean actions: log pi then says little; record sampled ones"
+        found.append(f"{narrow:.0%} of the actions' entries {what}")
+    if "held_out" not in log_prob:
+        found.append("no episode is held out, so that nothing says when to stop; record more episodes")
+    elif log_prob["training"] - log_prob["held_out"] > 1:
+        what = "log pi of the episodes held out is X nats"
+        found.append("")
+    return found
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -588,7 +627,9 @@ def clone_bytes(policy: Policy, args: Args, returns: dict[str, np.ndarray], trai
     tensors = {name: np.ascontiguousarray(x) for name, x in policy_tensors(jax.device_get(policy)).items()}
     metadata = {"format": "pt", "env_id": args.env_id, "squash": str(actor.squash).lower()}
     metadata |= {"hidden_sizes": json.dumps(actor.hidden_sizes), "activation": actor.activation}
-    metadata |= {"obs_clip": str(actor.obs_clip)} | ({"log_std": actor.log_std_form} if args.state_dependent_std else {})
+    metadata |= {"obs_clip": str(actor.obs_clip)} | (
+        {"log_std": actor.log_std_form} if args.state_dependent_std else {}
+    )
     if returns:
         metadata["returns"] = ", ".join(f"{kind} {x.mean():.0f} ± {x.std():.0f}" for kind, x in returns.items())
     metadata["training"] = json.dumps(training, default=str)
@@ -663,7 +704,24 @@ def one_line_errors():
         stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
 
 
-def check_clone_args(args): return args
+def check_clone_args(args: Args) -> Args:
+    """The arguments, with an --export that can be; StopRun if flags cannot work."""
+    limits = {"seed": (0, 2**30 - 1), "held_out": (0, 0.9), "min_std": (1e-4, 1), "learning_rate": (1e-30, np.inf)}
+    limits |= dict.fromkeys(("batch_size", "eval_interval", "patience"), (1, np.inf))
+    limits["num_updates"] = (args.eval_interval, np.inf)
+    for name, value in vars(args).items():
+        low, high = limits.get(name, (0, np.inf))
+        if isinstance(value, int | float) and not (low <= value <= high and np.isfinite(value)):
+            raise StopRun(f"--{name.replace('_', '-')} is {value}; it must be finite and from {low:g} to {high:g}")
+    if min(args.hidden_sizes or (1,)) < 1:
+        raise StopRun(f"--hidden-sizes is {args.hidden_sizes}; every layer needs at least 1 unit")
+    export = args.export or Path("priors") / f"{args.env_id}-bc.safetensors"
+    if export.exists():
+        raise StopRun(f"{export} exists; move it away, or choose another file with --export")
+    folder = next(parent for parent in export.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise StopRun(f"cannot write to {export.parent}; choose another file with --export")
+    return dataclasses.replace(args, export=export)
 
 
 if __name__ == "__main__":
