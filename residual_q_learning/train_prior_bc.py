@@ -70,9 +70,9 @@ class Args:
     # policy
     squash: bool = True
     """tanh-squashed Gaussian; --no-squash: plain Gaussian, actions clipped"""
-    hidden_sizes: tuple[int, ...] = (64, 64)
+    hidden_sizes: tuple[int, ...] = (256, 256)
     """widths of the hidden layers"""
-    activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
+    activation: Literal["tanh", "relu", "elu", "silu"] = "relu"
     """after each hidden layer"""
     state_dependent_std: bool = False
     """let the policy's standard deviation be an output of its network"""
@@ -80,24 +80,22 @@ class Args:
     """floor of the standard deviation before squashing, below which log pi would price every change too high"""
 
     # likelihood
-    num_updates: int = 20_000
-    """updates at most"""
+    num_updates: int = 5_000
+    """updates"""
     batch_size: int = 256
     """steps in a minibatch, drawn with replacement"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """learning rate of Adam, which falls linearly to 0 over the updates"""
     weight_decay: float = 0.0
     """decoupled weight decay (AdamW) of the networks' matrices, per update, as a multiple of the learning rate"""
     noise: float = 0.0
     """standard deviation of Gaussian noise on the normalised observations, as augmentation"""
     held_out: float = 0.1
-    """share of the episodes, at least one of two or more, on which training is judged and not trained; 0: none"""
+    """share of the episodes, at least one of two or more, left out of a first training that they judge; 0: none"""
+    early_stopping: bool = False
+    """in the second training, on all episodes, make as many updates as were best for those held out, instead of all"""
     eval_interval: int = 250
-    """updates between two looks at the held-out episodes"""
-    patience: int = 20
-    """stop after so many looks without a better likelihood of the held-out episodes"""
-    refit: bool = True
-    """then train anew on all episodes, with as many updates as were best for those held out"""
+    """updates between two looks at the likelihood"""
 
 
 # ----------------------------------------------------------------------------------------- policy
@@ -205,6 +203,7 @@ def policy_log_prob(policy: Policy, obs: Array, action: Array) -> Array:
 # ------------------------------------------------------------------------------------ mathematics
 
 
+FEW = 1.0  # nats; see results/README.md
 BOUND_MARGIN = 1e-6  # of the actions' half range, beyond which atanh knows nothing: |u| <= 7.25
 
 
@@ -316,9 +315,9 @@ def read_demonstrations(path: Path) -> Demonstrations:
             bounds = (low, high)
         numbers = np.repeat(np.arange(len(episodes)), lengths)
         return Demonstrations(np.float32(obs), np.float32(action), numbers, bounds)
-    except FileNotFoundError as error:
-        hint = "record some with enjoy.py --record"
-        raise StopRun(f"there are no demonstrations {error.filename or path}; {hint}") from None
+    except FileNotFoundError:
+        hint = "name an .npz file or a Minari dataset in HDF5, or record one with enjoy.py --record"
+        raise StopRun(f"there are no demonstrations {path}; {hint}") from None
     except Exception as error:  # a damaged file can fail in any way
         raise StopRun(f"the demonstrations {path} cannot be used: {type(error).__name__}: {error}") from None
 
@@ -331,7 +330,7 @@ def check_episode(episode: dict[str, np.ndarray], first: dict[str, np.ndarray], 
         if x.ndim != 2 or x.shape != (steps, *size) or not x.size or not np.issubdtype(x.dtype, np.number):
             expected = f"numbers of shape ({steps}, {size[0] if size else 'size'})"
             raise ValueError(f"the {name} of episode {number} are {x.dtype} {x.shape}, not {expected}")
-        if np.iscomplexobj(x) or not np.isfinite(np.float32(x)).all():
+        if np.iscomplexobj(x) or not (np.abs(x) < 1e30).all():
             raise ValueError(f"the {name} of episode {number} have entries that are NaN, infinite or complex")
     ends = episode["terminations"].astype(bool) | episode["truncations"].astype(bool)
     if ends.shape != (steps,) or not ends[-1] or ends[:-1].any():
@@ -486,32 +485,30 @@ def updates(args: Args, actor: Actor, state: CloneState, obs: Array, action: Arr
 
 
 @jax.jit
-def mean_log_prob(policy: Policy, obs: Array, action: Array) -> Array:
-    """Mean of log pi(a|s) over steps (steps, obs_dim), (steps, action_dim), in nats."""
-    return getattr(jnp, os.environ.get("STAT", "mean"))(policy_log_prob(policy, obs, action))
+def median_log_prob(policy: Policy, steps: Steps) -> Array:
+    """Median of log pi(a|s) over steps, in nats; the mean would be that of the few that no policy knows, as of a fall."""
+    return jnp.median(policy_log_prob(policy, *steps))
 
 
-def train(
-    args: Args, actor: Actor, steps: Steps, held_out: Steps, num_updates: int, say: Callable
-) -> tuple[Policy, int]:
-    """The policy with the best mean log pi of the steps held out, or if there are none the last one; its updates."""
+def train(args: Args, actor: Actor, steps: Steps, judges: Steps, say: Callable) -> tuple[Policy, np.ndarray]:
+    """The policy after args.num_updates, and the judges' median log pi every args.eval_interval of them.
+
+    Raises: StopRun if that is not finite.
+    """
+    recipe = dataclasses.replace(args, demonstrations=Path(), export=None, seed=0)  # so that one compilation serves all
     stats = observation_stats(steps.obs)
-    inputs = normalise(steps.obs, stats, actor.obs_clip)
-    params = actor.init(wrap_key(seed_words(args.seed, NETWORKS)), inputs[0])
-    state, best, best_updates, best_score = CloneState(params, clone_optimizer(args).init(params)), None, 0, -np.inf
-    for i in range(num_updates // args.eval_interval):
-        state = updates(args, actor, state, inputs, steps.action, seed_words(args.seed, UPDATE, i))
+    obs = normalise(steps.obs, stats, actor.obs_clip)
+    params = actor.init(wrap_key(seed_words(args.seed, NETWORKS)), obs[0])
+    state, scores = CloneState(params, clone_optimizer(args).init(params)), []
+    for i in range(args.num_updates // args.eval_interval):
+        state = updates(recipe, actor, state, obs, steps.action, seed_words(args.seed, UPDATE, i))
         policy, done = Policy(state.params, stats, actor), (i + 1) * args.eval_interval
-        score = float(mean_log_prob(policy, *(held_out if len(held_out.obs) else steps)))
-        if not np.isfinite(score):
-            raise StopRun(f"log pi is {score} after {done} updates; try a lower --learning-rate", 1)
-        if score > best_score or not len(held_out.obs):
-            best, best_updates, best_score = policy, done, score
-        if (i + 1) % 10 == 0:
-            say(f"{done:6} updates  mean log pi {score:.3f} nats{' held out' if len(held_out.obs) else ''}")
-        if done - best_updates >= args.patience * args.eval_interval:
-            break
-    return best, best_updates
+        scores.append(float(median_log_prob(policy, judges)))
+        if not np.isfinite(scores[-1]):
+            raise StopRun(f"log pi is {scores[-1]} after {done} updates; try a lower --learning-rate", 1)
+        if done % (10 * args.eval_interval) == 0:
+            say(f"{done:6} updates  median log pi {scores[-1]:.3f} nats")
+    return policy, np.array(scores)
 
 
 def main(args: Args, say: Callable) -> None:
@@ -521,29 +518,31 @@ def main(args: Args, say: Callable) -> None:
         seeds = env_seeds(args.seed, EVALUATION, len(ACTIONS) * args.eval_episodes)
         simulator = make_simulator(args.env_id, args.env_kwargs, seeds)
     low, high = action_bounds(args, data, simulator)
-    action, at_bound = unsquash(data.action, low, high)
-    steps, held = Steps(data.obs, action if args.squash else data.action), held_out_steps(args, data.episode)
-    fit, held_out = (Steps(*(x[rows] for x in steps)) for rows in (~held, held))
+    action, at_bound = data.action, (data.action <= low) | (data.action >= high)
+    if args.squash:
+        action, at_bound = unsquash(data.action, low, high)
+    steps, held = Steps(data.obs, action), held_out_steps(args, data.episode)
     form = (args.hidden_sizes, args.activation, args.state_dependent_std, args.squash)
-    actor = Actor(data.action.shape[1], *form, log_std_form=f"clip {np.log(args.min_std):.6g} 2")
+    actor = Actor(action.shape[1], *form, log_std_form=f"clip {np.log(args.min_std):.6g} 2")
     say(f"{args.demonstrations}: {data.episode[-1] + 1} episodes, {len(held)} steps, {held.sum()} of them held out")
 
-    policy, num_updates = train(args, actor, fit, held_out, args.num_updates, say)
-    log_prob = {"training": float(mean_log_prob(policy, *fit))}
+    log_prob = {}
     if held.any():
-        log_prob["held_out"] = float(mean_log_prob(policy, *held_out))
-        if args.refit:
-            policy, _ = train(args, actor, steps, held_out._replace(obs=held_out.obs[:0]), num_updates, say)
+        fit, held_out = (Steps(*(x[rows] for x in steps)) for rows in (~held, held))
+        policy, scores = train(args, actor, fit, held_out, say)
+        log_prob = {"fit": float(median_log_prob(policy, fit)), "held out": scores[-1]}
+        if args.early_stopping:
+            args = dataclasses.replace(args, num_updates=args.eval_interval * int(scores.argmax() + 1))
+    policy, scores = train(args, actor, steps, steps, say)
+    log_prob["all"] = scores[-1]
     for note in notes(args, policy, steps, at_bound, log_prob):
         say(f"note     {note}")
 
     returns = play(simulator, policy, args.seed) if simulator else {}
-    about = provenance(args, simulator.version if simulator else "none")
-    about |= {"updates": num_updates, "mean_log_prob": log_prob}
+    about = provenance(args, simulator.version if simulator else "none") | {"median_log_prob": log_prob}
     args.export.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.export, clone_bytes(policy, args, returns, about))
     texts = [f"{kind} actions {x.mean():.0f} ± {x.std():.0f}" for kind, x in returns.items()]
-    say(f"mean log pi {', '.join(f'{name} {x:.3f}' for name, x in log_prob.items())} nats after {num_updates} updates")
     say(f"the clone is {args.export}{': return with ' if texts else ''}{', '.join(texts)}")
 
 
@@ -551,16 +550,16 @@ def notes(args: Args, policy: Policy, steps: Steps, at_bound: np.ndarray, log_pr
     """What to beware of in the demonstrations, or in what was learned from them."""
     found, log_std = [], np.asarray(action_distribution(policy, steps.obs)[1])
     if at_bound.any():
-        how = "clipped a millionth before it" if args.squash else "taken as they are"
+        how = "clipped a millionth of the half range before it" if args.squash else "taken as they are"
         found.append(f"{at_bound.mean():.2%} of the actions' entries are at a bound or beyond, and {how}")
     if narrow := (log_std < np.log(args.min_std) + 1e-3).mean():
         what = "have their deviation at --min-std, as with mean actions: log pi then says little; record sampled ones"
         found.append(f"{narrow:.0%} of the actions' entries {what}")
-    if "held_out" not in log_prob:
-        found.append("no episode is held out, so that nothing says when to stop; record more episodes")
-    elif log_prob["training"] - log_prob["held_out"] > 1:
-        what = "log pi of the episodes held out is X nats"
-        found.append("")
+    if "held out" not in log_prob:
+        found.append("no episode is held out, so that what the clone does not know is not known; record more episodes")
+    elif log_prob["fit"] - log_prob["held out"] > FEW:
+        what = "median log pi is {fit:.2f} nats in training, {held out:.2f} in episodes held out".format(**log_prob)
+        found.append(f"{what}: these are too few demonstrations; record more episodes")
     return found
 
 
@@ -707,7 +706,7 @@ def one_line_errors():
 def check_clone_args(args: Args) -> Args:
     """The arguments, with an --export that can be; StopRun if flags cannot work."""
     limits = {"seed": (0, 2**30 - 1), "held_out": (0, 0.9), "min_std": (1e-4, 1), "learning_rate": (1e-30, np.inf)}
-    limits |= dict.fromkeys(("batch_size", "eval_interval", "patience"), (1, np.inf))
+    limits |= {"batch_size": (1, np.inf), "eval_interval": (1, np.inf)}
     limits["num_updates"] = (args.eval_interval, np.inf)
     for name, value in vars(args).items():
         low, high = limits.get(name, (0, np.inf))
