@@ -11,7 +11,7 @@ Behaviour cloning maximises E[ log pi_theta(a|s) ] over the recorded steps.  Res
 customises such imitated priors: residual_ppo.py and residual_sac.py need its log pi, and no reward.  The density of a
 squashed policy is that of a = tanh(u), log pi(a|s) = log N(u; mean, std) - log |da/du|, whose last term is the same for
 every theta.  Log pi says what a deviation costs only if the demonstrations deviate: record sampled actions, not mean
-ones.  The policy file names no temperature alpha, as none is known.
+ones.  The policy file names no temperature alpha: none is known.
 
     python enjoy.py priors/Hopper-v4.safetensors --episodes 20 --record hopper.npz
     python residual_q_learning/train_prior_bc.py --env-id Hopper-v4 --demonstrations hopper.npz
@@ -232,10 +232,9 @@ def negative_log_likelihood(params: Any, actor: Actor, obs: Array, action: Array
 
 def floor_deviation(params: Any, min_std: float) -> Any:
     """The parameters with a deviation of at least min_std, if it is one of them; else log_std_form has the floor."""
-    tree = params["params"]
-    if not isinstance(tree["actor_logstd"], dict):
-        tree = tree | {"actor_logstd": jnp.maximum(tree["actor_logstd"], jnp.log(min_std))}
-    return params | {"params": tree}
+    log_std, floor = params["params"]["actor_logstd"], jnp.log(min_std)
+    floored = log_std if isinstance(log_std, dict) else jnp.maximum(log_std, floor)
+    return {"params": params["params"] | {"actor_logstd": floored}}
 
 
 # --------------------------------------------------------------------------------- demonstrations
@@ -306,15 +305,12 @@ def read_demonstrations(path: Path) -> Demonstrations:
             raise ValueError("it has no complete episode")
         for number, episode in enumerate(episodes):
             check_episode(episode, episodes[0], number)
-        lengths = [len(episode["actions"]) for episode in episodes]
-        obs, action = (np.concatenate([x[name] for x in episodes]) for name in ("observations", "actions"))
-        if bounds is not None:
-            low, high = (np.broadcast_to(np.float32(x), action.shape[1:]) for x in bounds)
-            if not (low < high).all():
-                raise ValueError("its actions' lower bounds are not all below the upper ones")
-            bounds = (low, high)
-        numbers = np.repeat(np.arange(len(episodes)), lengths)
-        return Demonstrations(np.float32(obs), np.float32(action), numbers, bounds)
+        obs, action = (np.concatenate([np.float32(x[k]) for x in episodes]) for k in ("observations", "actions"))
+        bounds = bounds and tuple(np.broadcast_to(np.float32(x), action.shape[1:]) for x in bounds)
+        if bounds and not (bounds[0] < bounds[1]).all():
+            raise ValueError("its actions' lower bounds are not all below the upper ones")
+        numbers = np.repeat(np.arange(len(episodes)), [len(episode["actions"]) for episode in episodes])
+        return Demonstrations(obs, action, numbers, bounds)
     except FileNotFoundError:
         hint = "name an .npz file or a Minari dataset in HDF5, or record one with enjoy.py --record"
         raise StopRun(f"there are no demonstrations {path}; {hint}") from None
@@ -334,8 +330,7 @@ def check_episode(episode: dict[str, np.ndarray], first: dict[str, np.ndarray], 
             raise ValueError(f"the {name} of episode {number} have entries that are NaN, infinite or complex")
     ends = episode["terminations"].astype(bool) | episode["truncations"].astype(bool)
     if ends.shape != (steps,) or not ends[-1] or ends[:-1].any():
-        what = "terminations or truncations must be true on its last step, and on no other"
-        raise ValueError(f"episode {number} of {steps} steps does not end as it should: {what}")
+        raise ValueError(f"terminations or truncations of episode {number} are not true on its last step alone")
 
 
 def held_out_steps(args: Args, episode: np.ndarray) -> np.ndarray:
@@ -350,17 +345,15 @@ def action_bounds(args: Args, data: Demonstrations, simulator: Any) -> tuple[np.
 
     Raises: StopRun if demonstrations and simulator do not fit, or if there are no bounds to squash to.
     """
-    size = data.action.shape[1]
+    ours, bounds = (data.obs.shape[1], data.action.shape[1]), data.bounds
     if simulator:
-        ours, theirs = (data.obs.shape[1], size), (simulator.obs_dim, len(simulator.low))
-        bounds = simulator.low, simulator.high
+        theirs, bounds = (simulator.obs_dim, len(simulator.low)), (simulator.low, simulator.high)
         if ours != theirs:
             what = "the demonstrations have {} observations and {} actions a step, {} has {} and {}; change --env-id"
             raise StopRun(what.format(*ours, args.env_id, *theirs))
         if data.bounds and not np.allclose(bounds, data.bounds):
             raise StopRun(f"the demonstrations' actions have other bounds than {args.env_id}'s; change --env-id")
-    else:
-        bounds = data.bounds or (np.full(size, -np.inf), np.full(size, np.inf))
+    bounds = bounds or (np.float32([-np.inf]), np.float32([np.inf]))
     if args.squash and not np.isfinite(bounds).all():
         how = "add action_low and action_high to the file, or use --no-squash"
         raise StopRun(f"the actions have no known bounds, to which squashing could stretch; {how}")
@@ -427,7 +420,6 @@ def make_simulator(env_id: str, env_kwargs: str, seeds: np.ndarray) -> Simulator
 # ----------------------------------------------------------------------------------------- update
 
 
-# What the random numbers of a run are for; each use has seeds of its own.
 TRAINING, EVALUATION, NETWORKS, ROLLOUT, UPDATE, PLAY, REFILL = range(7)
 
 
@@ -441,69 +433,57 @@ def wrap_key(words: Array) -> Array:
     return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
-class Steps(NamedTuple):
-    """What the likelihood is of."""
-
-    obs: Array  # (steps, obs_dim)
-    action: Array  # before squashing or clipping, (steps, action_dim)
-
-
-class CloneState(NamedTuple):
-    """What an update changes."""
-
-    params: Any  # of the actor
-    opt_state: optax.OptState
-
-
 def clone_optimizer(args: Args) -> optax.GradientTransformation:
     """Adam with a rate that falls linearly to 0, and with decoupled weight decay of the matrices (AdamW)."""
     adam = optax.flatten(optax.scale_by_adam())  # all parameters as one vector, which is faster on a CPU
     decay = optax.add_decayed_weights(args.weight_decay, mask=partial(jax.tree.map, lambda x: x.ndim > 1))
-    return optax.chain(
-        adam, decay, optax.scale_by_learning_rate(optax.linear_schedule(args.learning_rate, 0, args.num_updates))
-    )
+    rate = optax.linear_schedule(args.learning_rate, 0, args.num_updates)
+    return optax.chain(adam, decay, optax.scale_by_learning_rate(rate))
 
 
 @partial(jax.jit, static_argnames=("args", "actor"))
-def updates(args: Args, actor: Actor, state: CloneState, obs: Array, action: Array, key: Array) -> CloneState:
-    """args.eval_interval updates on random steps of normalised observations, and actions before squashing."""
+def updates(args: Args, actor: Actor, learned: tuple, obs: Array, action: Array, key: Array) -> tuple:
+    """args.eval_interval updates of (params, opt_state); normalised observations, and actions before squashing."""
 
-    def update(state, key):
+    def update(learned, key):
+        params, opt_state = learned
         row_key, noise_key = jax.random.split(key)
         rows = jax.random.randint(row_key, (args.batch_size,), 0, len(obs))
         seen = obs[rows]
         if args.noise:
             seen += args.noise * jax.random.normal(noise_key, seen.shape, jnp.float32)
-        grads = jax.grad(negative_log_likelihood)(state.params, actor, seen, action[rows])
-        step, opt_state = clone_optimizer(args).update(grads, state.opt_state, state.params)
-        return CloneState(floor_deviation(optax.apply_updates(state.params, step), args.min_std), opt_state), None
+        grads = jax.grad(negative_log_likelihood)(params, actor, seen, action[rows])
+        step, opt_state = clone_optimizer(args).update(grads, opt_state, params)
+        return (floor_deviation(optax.apply_updates(params, step), args.min_std), opt_state), None
 
-    return lax.scan(update, state, jax.random.split(wrap_key(key), args.eval_interval))[0]
+    return lax.scan(update, learned, jax.random.split(wrap_key(key), args.eval_interval))[0]
 
 
 # --------------------------------------------------------------------------------- train and main
 
 
 @jax.jit
-def median_log_prob(policy: Policy, steps: Steps) -> Array:
-    """Median of log pi(a|s) over steps, in nats; the mean would be that of the few that no policy knows, as of a fall."""
-    return jnp.median(policy_log_prob(policy, *steps))
+def median_log_prob(policy: Policy, obs: Array, action: Array) -> Array:
+    """Median of log pi(a|s) over steps, in nats: a mean is ruled by the few that no policy knows, as of a fall."""
+    return jnp.median(policy_log_prob(policy, obs, action))
 
 
-def train(args: Args, actor: Actor, steps: Steps, judges: Steps, say: Callable) -> tuple[Policy, np.ndarray]:
+def maximise_likelihood(
+    args: Args, actor: Actor, steps: tuple, judges: tuple, say: Callable
+) -> tuple[Policy, np.ndarray]:
     """The policy after args.num_updates, and the judges' median log pi every args.eval_interval of them.
 
-    Raises: StopRun if that is not finite.
+    Args: steps and judges are (obs, action before squashing). Raises: StopRun if log pi is not finite.
     """
     recipe = dataclasses.replace(args, demonstrations=Path(), export=None, seed=0)  # so that one compilation serves all
-    stats = observation_stats(steps.obs)
-    obs = normalise(steps.obs, stats, actor.obs_clip)
+    stats = observation_stats(steps[0])
+    obs = normalise(steps[0], stats, actor.obs_clip)
     params = actor.init(wrap_key(seed_words(args.seed, NETWORKS)), obs[0])
-    state, scores = CloneState(params, clone_optimizer(args).init(params)), []
+    learned, scores = (params, clone_optimizer(args).init(params)), []
     for i in range(args.num_updates // args.eval_interval):
-        state = updates(recipe, actor, state, obs, steps.action, seed_words(args.seed, UPDATE, i))
-        policy, done = Policy(state.params, stats, actor), (i + 1) * args.eval_interval
-        scores.append(float(median_log_prob(policy, judges)))
+        learned = updates(recipe, actor, learned, obs, steps[1], seed_words(args.seed, UPDATE, i))
+        policy, done = Policy(learned[0], stats, actor), (i + 1) * args.eval_interval
+        scores.append(float(median_log_prob(policy, *judges)))
         if not np.isfinite(scores[-1]):
             raise StopRun(f"log pi is {scores[-1]} after {done} updates; try a lower --learning-rate", 1)
         if done % (10 * args.eval_interval) == 0:
@@ -515,40 +495,40 @@ def main(args: Args, say: Callable) -> None:
     """Clone what was recorded; say is told about it, in lines of text."""
     data, simulator = read_demonstrations(args.demonstrations), None
     if args.eval_episodes:
-        seeds = env_seeds(args.seed, EVALUATION, len(ACTIONS) * args.eval_episodes)
+        seeds = seed_words(args.seed, EVALUATION, size=len(ACTIONS) * args.eval_episodes) // 2  # below 2^31
         simulator = make_simulator(args.env_id, args.env_kwargs, seeds)
     low, high = action_bounds(args, data, simulator)
     action, at_bound = data.action, (data.action <= low) | (data.action >= high)
     if args.squash:
         action, at_bound = unsquash(data.action, low, high)
-    steps, held = Steps(data.obs, action), held_out_steps(args, data.episode)
+    steps, held = (data.obs, action), held_out_steps(args, data.episode)
     form = (args.hidden_sizes, args.activation, args.state_dependent_std, args.squash)
     actor = Actor(action.shape[1], *form, log_std_form=f"clip {np.log(args.min_std):.6g} 2")
     say(f"{args.demonstrations}: {data.episode[-1] + 1} episodes, {len(held)} steps, {held.sum()} of them held out")
 
     log_prob = {}
     if held.any():
-        fit, held_out = (Steps(*(x[rows] for x in steps)) for rows in (~held, held))
-        policy, scores = train(args, actor, fit, held_out, say)
-        log_prob = {"fit": float(median_log_prob(policy, fit)), "held out": scores[-1]}
+        fit = [x[~held] for x in steps]
+        policy, scores = maximise_likelihood(args, actor, fit, [x[held] for x in steps], say)
+        log_prob = {"fit": float(median_log_prob(policy, *fit)), "held out": scores[-1]}
         if args.early_stopping:
             args = dataclasses.replace(args, num_updates=args.eval_interval * int(scores.argmax() + 1))
-    policy, scores = train(args, actor, steps, steps, say)
+    policy, scores = maximise_likelihood(args, actor, steps, steps, say)
     log_prob["all"] = scores[-1]
-    for note in notes(args, policy, steps, at_bound, log_prob):
+    for note in notes(args, policy, data.obs, at_bound, log_prob):
         say(f"note     {note}")
 
-    returns = play(simulator, policy, args.seed) if simulator else {}
+    returns = play_episodes(simulator, policy, args.seed) if simulator else {}
     about = provenance(args, simulator.version if simulator else "none") | {"median_log_prob": log_prob}
     args.export.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.export, clone_bytes(policy, args, returns, about))
-    texts = [f"{kind} actions {x.mean():.0f} ± {x.std():.0f}" for kind, x in returns.items()]
-    say(f"the clone is {args.export}{': return with ' if texts else ''}{', '.join(texts)}")
+    texts = [f"return with {kind} actions {x.mean():.0f} ± {x.std():.0f}" for kind, x in returns.items()]
+    say(", ".join([f"the clone is {args.export}", *texts]))
 
 
-def notes(args: Args, policy: Policy, steps: Steps, at_bound: np.ndarray, log_prob: dict[str, float]) -> list[str]:
+def notes(args: Args, policy: Policy, obs: np.ndarray, at_bound: np.ndarray, log_prob: dict[str, float]) -> list[str]:
     """What to beware of in the demonstrations, or in what was learned from them."""
-    found, log_std = [], np.asarray(action_distribution(policy, steps.obs)[1])
+    found, log_std = [], np.asarray(action_distribution(policy, obs)[1])
     if at_bound.any():
         how = "clipped a millionth of the half range before it" if args.squash else "taken as they are"
         found.append(f"{at_bound.mean():.2%} of the actions' entries are at a bound or beyond, and {how}")
@@ -556,7 +536,7 @@ def notes(args: Args, policy: Policy, steps: Steps, at_bound: np.ndarray, log_pr
         what = "have their deviation at --min-std, as with mean actions: log pi then says little; record sampled ones"
         found.append(f"{narrow:.0%} of the actions' entries {what}")
     if "held out" not in log_prob:
-        found.append("no episode is held out, so that what the clone does not know is not known; record more episodes")
+        found.append("no episode is held out, so that nothing says whether these are enough demonstrations")
     elif log_prob["fit"] - log_prob["held out"] > FEW:
         what = "median log pi is {fit:.2f} nats in training, {held out:.2f} in episodes held out".format(**log_prob)
         found.append(f"{what}: these are too few demonstrations; record more episodes")
@@ -567,11 +547,6 @@ def notes(args: Args, policy: Policy, steps: Steps, at_bound: np.ndarray, log_pr
 
 
 ACTIONS = ("stochastic", "deterministic")
-
-
-def env_seeds(seed: int, use: int, num_envs: int) -> np.ndarray:
-    """Seeds of environments (num_envs,), below 2^31, as EnvPool wants them; use is TRAINING or EVALUATION."""
-    return seed_words(seed, use, size=num_envs) // 2
 
 
 @partial(jax.jit, static_argnames="step_simulator")
@@ -595,7 +570,7 @@ def first_returns(
     return lax.while_loop(lambda carry: carry[-1].any(), step, start)[-2]
 
 
-def play(simulator: Simulator, policy: Policy, seed: int) -> dict[str, np.ndarray]:
+def play_episodes(simulator: Simulator, policy: Policy, seed: int) -> dict[str, np.ndarray]:
     """Returns of episodes with ACTIONS, an episode in each environment; {actions: (episodes,)}."""
     inputs = (simulator.low, simulator.high, policy, *simulator.reset(), seed_words(seed, PLAY))
     returns = first_returns(simulator.step, *jax.device_put(jax.device_get(inputs), simulator.device))
@@ -620,15 +595,29 @@ def policy_digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> s
     return digest.hexdigest()
 
 
+def provenance(args: Args, simulator: str) -> dict[str, Any]:
+    """The arguments, and what else results depend on; without git, no commit."""
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
+    return {
+        "command": shlex.join(sys.argv),
+        "args": dataclasses.asdict(args),
+        "git_commit": git.stdout.strip() or None,
+        "packages": {"python": sys.version.split()[0]} | packages,
+        "simulator": simulator,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
 def clone_bytes(policy: Policy, args: Args, returns: dict[str, np.ndarray], training: dict) -> bytes:
     """A policy file (safetensors), with its returns and how it was made; alpha, gamma and reward are not known."""
     actor = policy.actor
     tensors = {name: np.ascontiguousarray(x) for name, x in policy_tensors(jax.device_get(policy)).items()}
     metadata = {"format": "pt", "env_id": args.env_id, "squash": str(actor.squash).lower()}
-    metadata |= {"hidden_sizes": json.dumps(actor.hidden_sizes), "activation": actor.activation}
-    metadata |= {"obs_clip": str(actor.obs_clip)} | (
-        {"log_std": actor.log_std_form} if args.state_dependent_std else {}
-    )
+    metadata |= {"activation": actor.activation, "obs_clip": str(actor.obs_clip)}
+    metadata["hidden_sizes"] = json.dumps(actor.hidden_sizes)
+    if actor.state_dependent_std:
+        metadata["log_std"] = actor.log_std_form
     if returns:
         metadata["returns"] = ", ".join(f"{kind} {x.mean():.0f} ± {x.std():.0f}" for kind, x in returns.items())
     metadata["training"] = json.dumps(training, default=str)
@@ -649,7 +638,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# A copy for a project of your own may end here; CONTRIBUTING.md shows the few lines that then stand for all below.
+# A copy for a project of your own may end here; `main(Args(...), print)` then stands for all below.
 
 # ------------------------------------------------------------------------ checks and command line
 
@@ -664,20 +653,6 @@ class Console(rich.console.Console):
 
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
-
-
-def provenance(args: Args, simulator: str) -> dict[str, Any]:
-    """The arguments, and what else results depend on; without git, no commit."""
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
-    return {
-        "command": shlex.join(sys.argv),
-        "args": dataclasses.asdict(args),
-        "git_commit": git.stdout.strip() or None,
-        "packages": {"python": sys.version.split()[0]} | packages,
-        "simulator": simulator,
-        "device": jax.devices()[0].device_kind,
-    }
 
 
 def stop(message: str, exit_code: int) -> None:
@@ -706,14 +681,13 @@ def one_line_errors():
 def check_clone_args(args: Args) -> Args:
     """The arguments, with an --export that can be; StopRun if flags cannot work."""
     limits = {"seed": (0, 2**30 - 1), "held_out": (0, 0.9), "min_std": (1e-4, 1), "learning_rate": (1e-30, np.inf)}
-    limits |= {"batch_size": (1, np.inf), "eval_interval": (1, np.inf)}
-    limits["num_updates"] = (args.eval_interval, np.inf)
+    limits |= {"batch_size": (1, np.inf), "eval_interval": (1, np.inf), "num_updates": (args.eval_interval, np.inf)}
     for name, value in vars(args).items():
         low, high = limits.get(name, (0, np.inf))
         if isinstance(value, int | float) and not (low <= value <= high and np.isfinite(value)):
             raise StopRun(f"--{name.replace('_', '-')} is {value}; it must be finite and from {low:g} to {high:g}")
-    if min(args.hidden_sizes or (1,)) < 1:
-        raise StopRun(f"--hidden-sizes is {args.hidden_sizes}; every layer needs at least 1 unit")
+        if name == "hidden_sizes" and min(value or (1,)) < 1:
+            raise StopRun(f"--hidden-sizes is {value}; every layer needs at least 1 unit")
     export = args.export or Path("priors") / f"{args.env_id}-bc.safetensors"
     if export.exists():
         raise StopRun(f"{export} exists; move it away, or choose another file with --export")

@@ -89,7 +89,7 @@ def clone(method: str, python: Path | None, file: Path, env_id: str, seed: int) 
 def measure(simulator: bc.Simulator, export: Path, data: dict[str, np.ndarray], seed: int) -> dict[str, str]:
     """Returns, mean log pi of the demonstrations, and the smallest deviation of a clone."""
     policy = load_policy(export)[0]
-    returns = bc.play(simulator, policy, seed)
+    returns = bc.play_episodes(simulator, policy, seed)
     action = data["actions"]
     if policy.actor.squash:
         action = bc.unsquash(action, simulator.low, simulator.high)[0]
@@ -132,7 +132,7 @@ def main(args: Args) -> None:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 data = record(Path(folder), env_id, seed)
-                simulator = bc.make_simulator(env_id, "{}", bc.env_seeds(seed, bc.EVALUATION, 200))
+                simulator = bc.make_simulator(env_id, "{}", bc.seed_words(seed, bc.EVALUATION, size=200) // 2)
                 for method, number in wanted:
                     start, part = time.time(), first_episodes(data, number or 20)
                     file = Path(folder) / f"{method}-{number}.npz"
