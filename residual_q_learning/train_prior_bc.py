@@ -468,9 +468,7 @@ def median_log_prob(policy: Policy, obs: Array, action: Array) -> Array:
     return jnp.median(policy_log_prob(policy, obs, action))
 
 
-def maximise_likelihood(
-    args: Args, actor: Actor, steps: tuple, judges: tuple, say: Callable
-) -> tuple[Policy, np.ndarray]:
+def clone(args: Args, actor: Actor, steps: tuple, judges: tuple, say: Callable) -> tuple[Policy, np.ndarray]:
     """The policy after args.num_updates, and the judges' median log pi every args.eval_interval of them.
 
     Args: steps and judges are (obs, action before squashing). Raises: StopRun if log pi is not finite.
@@ -509,11 +507,11 @@ def main(args: Args, say: Callable) -> None:
     log_prob = {}
     if held.any():
         fit = [x[~held] for x in steps]
-        policy, scores = maximise_likelihood(args, actor, fit, [x[held] for x in steps], say)
+        policy, scores = clone(args, actor, fit, [x[held] for x in steps], say)
         log_prob = {"fit": float(median_log_prob(policy, *fit)), "held out": scores[-1]}
         if args.early_stopping:
             args = dataclasses.replace(args, num_updates=args.eval_interval * int(scores.argmax() + 1))
-    policy, scores = maximise_likelihood(args, actor, steps, steps, say)
+    policy, scores = clone(args, actor, steps, steps, say)
     log_prob["all"] = scores[-1]
     for note in notes(args, policy, data.obs, at_bound, log_prob):
         say(f"note     {note}")

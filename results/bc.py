@@ -81,7 +81,8 @@ def clone(method: str, python: Path | None, file: Path, env_id: str, seed: int) 
         command = [python, ROOT / "results" / "bc_imitation.py", file, export, *budget]
         subprocess.run([*command, "--env-id", env_id, "--seed", str(seed)], check=True, capture_output=True)
     else:
-        args = bc.Args(demonstrations=file, env_id=env_id, export=export, eval_episodes=0, seed=seed)
+        flags = {"eval_episodes": 0, "held_out": 0.0}  # which would measure, and not change the clone
+        args = bc.Args(demonstrations=file, env_id=env_id, export=export, seed=seed, **flags)
         bc.main(bc.check_clone_args(args), lambda _: None)
     return export
 
