@@ -84,7 +84,7 @@ class Args:
     """updates"""
     batch_size: int = 256
     """steps in a minibatch, drawn with replacement"""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     """learning rate of Adam, which falls linearly to 0 over the updates"""
     weight_decay: float = 0.0
     """decoupled weight decay (AdamW) of the networks' matrices, per update, as a multiple of the learning rate"""

@@ -127,7 +127,7 @@ def main(args: Args) -> None:
     methods = ("train_prior_bc.py", *(["imitation"] if args.imitation else []))
     for seed in args.seeds if args.run else ():
         for env_id in args.env_ids:
-            wanted = [(m, n) for n in (0, *args.episodes) for m in ((*methods,) if n else ("prior",))]
+            wanted = [(m, n) for n in (*args.episodes, 0) for m in ((*methods,) if n else ("prior",))]
             wanted = [(m, n) for m, n in wanted if (env_id, m, n, seed) not in done]
             if not wanted:
                 continue
