@@ -356,7 +356,7 @@ def action_bounds(args: Args, data: Demonstrations, simulator: Any) -> tuple[np.
     bounds = bounds or (np.float32([-np.inf]), np.float32([np.inf]))
     if args.squash and not np.isfinite(bounds).all():
         how = "add action_low and action_high to the file, or use --no-squash"
-        raise StopRun(f"the actions have no known bounds, to which squashing could stretch; {how}")
+        raise StopRun(f"the actions of {args.demonstrations} have no known bounds to squash to; {how}")
     return bounds
 
 
