@@ -81,7 +81,7 @@ class Args:
 
     # likelihood
     num_updates: int = 5_000
-    """updates"""
+    """updates; those beyond a multiple of --eval-interval are left out"""
     batch_size: int = 256
     """steps in a minibatch, drawn with replacement"""
     learning_rate: float = 1e-3
@@ -442,16 +442,17 @@ def clone_optimizer(args: Args) -> optax.GradientTransformation:
 
 
 @partial(jax.jit, static_argnames=("args", "actor"))
-def updates(args: Args, actor: Actor, learned: tuple, obs: Array, action: Array, key: Array) -> tuple:
-    """args.eval_interval updates of (params, opt_state); normalised observations, and actions before squashing."""
+def updates(
+    args: Args, actor: Actor, stats: RunningStats, learned: tuple, obs: Array, action: Array, key: Array
+) -> tuple:
+    """args.eval_interval updates of learned, (params, opt_state), on random steps; actions are before squashing."""
 
     def update(learned, key):
         params, opt_state = learned
-        row_key, noise_key = jax.random.split(key)
-        rows = jax.random.randint(row_key, (args.batch_size,), 0, len(obs))
-        seen = obs[rows]
+        rows = jax.random.randint(key, (args.batch_size,), 0, len(obs))
+        seen = normalise(obs[rows], stats, actor.obs_clip)
         if args.noise:
-            seen += args.noise * jax.random.normal(noise_key, seen.shape, jnp.float32)
+            seen += args.noise * jax.random.normal(jax.random.fold_in(key, 1), seen.shape, jnp.float32)
         grads = jax.grad(negative_log_likelihood)(params, actor, seen, action[rows])
         step, opt_state = clone_optimizer(args).update(grads, opt_state, params)
         return (floor_deviation(optax.apply_updates(params, step), args.min_std), opt_state), None
@@ -474,12 +475,11 @@ def clone(args: Args, actor: Actor, steps: tuple, judges: tuple, say: Callable) 
     Args: steps and judges are (obs, action before squashing). Raises: StopRun if log pi is not finite.
     """
     recipe = dataclasses.replace(args, demonstrations=Path(), export=None, seed=0)  # so that one compilation serves all
-    stats = observation_stats(steps[0])
-    obs = normalise(steps[0], stats, actor.obs_clip)
-    params = actor.init(wrap_key(seed_words(args.seed, NETWORKS)), obs[0])
-    learned, scores = (params, clone_optimizer(args).init(params)), []
+    stats, scores = observation_stats(steps[0]), []
+    params = jax.jit(actor.init)(wrap_key(seed_words(args.seed, NETWORKS)), steps[0][0])
+    learned = params, jax.jit(clone_optimizer(args).init)(params)
     for i in range(args.num_updates // args.eval_interval):
-        learned = updates(recipe, actor, learned, obs, steps[1], seed_words(args.seed, UPDATE, i))
+        learned = updates(recipe, actor, stats, learned, *steps, seed_words(args.seed, UPDATE, i))
         policy, done = Policy(learned[0], stats, actor), (i + 1) * args.eval_interval
         scores.append(float(median_log_prob(policy, *judges)))
         if not np.isfinite(scores[-1]):
@@ -526,7 +526,7 @@ def main(args: Args, say: Callable) -> None:
 
 def notes(args: Args, policy: Policy, obs: np.ndarray, at_bound: np.ndarray, log_prob: dict[str, float]) -> list[str]:
     """What to beware of in the demonstrations, or in what was learned from them."""
-    found, log_std = [], np.asarray(action_distribution(policy, obs)[1])
+    found, log_std = [], np.asarray(jax.jit(action_distribution)(policy, obs)[1])
     if at_bound.any():
         how = "clipped a millionth of the half range before it" if args.squash else "taken as they are"
         found.append(f"{at_bound.mean():.2%} of the actions' entries are at a bound or beyond, and {how}")

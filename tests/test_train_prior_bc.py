@@ -6,7 +6,6 @@ import sys
 
 import h5py
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -17,7 +16,7 @@ import residual_ppo
 import train_prior_bc as bc
 
 MINARI = ROOT / "tests" / "minari" / "pendulum-random-v0"  # written by minari 0.5.4: 3 episodes of 6 random actions
-SHORT = {"num_updates": 500, "eval_interval": 250, "hidden_sizes": (8,), "eval_episodes": 0}
+SHORT = {"num_updates": 500, "eval_interval": 250, "hidden_sizes": (8,), "eval_episodes": 0, "held_out": 0.0}
 
 
 def args(demonstrations, **flags):
@@ -27,9 +26,10 @@ def args(demonstrations, **flags):
 
 def clone(demonstrations, **flags):
     """What main says, the clone as enjoy.py reads it, and the file."""
-    said, export = [], demonstrations.parent / f"clone{len(list(demonstrations.parent.iterdir()))}.safetensors"
-    bc.main(bc.check_clone_args(args(demonstrations, export=export, **flags)), said.append)
-    return "\n".join(said), enjoy.read_policy(export), export
+    said, number = [], len(list(demonstrations.parent.iterdir()))
+    flags = {"export": demonstrations.parent / f"clone{number}.safetensors"} | flags
+    bc.main(bc.check_clone_args(args(demonstrations, **flags)), said.append)
+    return "\n".join(said), enjoy.read_policy(flags["export"]), flags["export"]
 
 
 def linear_gaussian(rng, num_episodes, length):
@@ -67,31 +67,33 @@ def write_minari(path, content):
                 file[f"episode_{i}/{name}"] = x
 
 
-def test_likelihood_and_its_gradient_are_scipys():
-    """In float64, the gradient by central differences of SciPy's density through a network in NumPy."""
+@pytest.mark.parametrize("state_dependent", [False, True])
+def test_likelihood_and_its_gradient_are_scipys(state_dependent):
+    """In float64, the gradient by central differences, in three directions, of SciPy's density of a NumPy network."""
     rng = np.random.default_rng(1)
     obs, action = rng.normal(size=(7, 3)), rng.normal(size=(7, 2))
-    for state_dependent in (False, True):
-        actor = bc.Actor(2, (4,), "tanh", state_dependent)
-        with jax.enable_x64(True):
-            params = actor.init(jax.random.key(0), jnp.float32(obs[0]))
-            flat, unflatten = jax.flatten_util.ravel_pytree(jax.tree.map(np.float64, params))
-            flat = np.asarray(flat) + 0.3 * rng.normal(size=flat.shape)
-            value, grads = jax.value_and_grad(bc.negative_log_likelihood)(unflatten(flat), actor, obs, action)
-            grads = np.asarray(jax.flatten_util.ravel_pytree(grads)[0])
+    shapes = {"actor_mean.0": (3, 4), "actor_mean.2": (4, 2)} | ({"actor_logstd": (4, 2)} if state_dependent else {})
 
-            def scipys(flat):
-                p = unflatten(flat)["params"]  # noqa: B023
-                x = np.tanh(obs @ p["actor_mean.0"]["kernel"] + p["actor_mean.0"]["bias"])
-                mean, log_std = x @ p["actor_mean.2"]["kernel"] + p["actor_mean.2"]["bias"], p["actor_logstd"]
-                if isinstance(log_std, dict):
-                    log_std = x @ log_std["kernel"] + log_std["bias"]
-                return -scipy.stats.norm.logpdf(action, mean, np.exp(log_std)).sum(1).mean()
+    def draw():
+        tree = {name: {"kernel": rng.normal(size=x), "bias": rng.normal(size=x[1])} for name, x in shapes.items()}
+        return {"params": {"actor_logstd": rng.normal(size=2)} | tree}
 
-            differences = [(scipys(flat + e) - scipys(flat - e)) / 2e-5 for e in 1e-5 * np.eye(len(flat))]
-            assert float(value) == pytest.approx(scipys(flat), rel=1e-12)
-        assert grads == pytest.approx(differences, abs=1e-8)
-        assert np.abs(grads).min() > 0
+    def scipys(params):
+        p = params["params"]
+        x = np.tanh(obs @ p["actor_mean.0"]["kernel"] + p["actor_mean.0"]["bias"])
+        mean, log_std = x @ p["actor_mean.2"]["kernel"] + p["actor_mean.2"]["bias"], p["actor_logstd"]
+        log_std = x @ log_std["kernel"] + log_std["bias"] if state_dependent else log_std
+        return -scipy.stats.norm.logpdf(action, mean, np.exp(log_std)).sum(1).mean()
+
+    params, actor = draw(), bc.Actor(2, (4,), "tanh", state_dependent)
+    with jax.enable_x64(True):
+        likelihood = jax.jit(jax.value_and_grad(bc.negative_log_likelihood), static_argnums=1)
+        value, grads = jax.device_get(likelihood(params, actor, obs, action))
+    assert float(value) == pytest.approx(scipys(params), rel=1e-12)
+    for direction in (draw() for _ in range(3)):
+        ahead, behind = (scipys(jax.tree.map(lambda p, d: p + e * d, params, direction)) for e in (1e-5, -1e-5))  # noqa: B023
+        slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), grads, direction)))
+        assert slope == pytest.approx((ahead - behind) / 2e-5, rel=1e-6)
 
 
 @pytest.mark.parametrize("squash", [False, True])
@@ -102,7 +104,7 @@ def test_clone_of_a_linear_gaussian_policy_recovers_it(tmp_path, squash):
     u = u / 3  # so that tanh does not saturate in float32
     content = arrays(obs, np.float32(low + (np.tanh(u) + 1) / 2 * (high - low) if squash else u), 200)
     np.savez(tmp_path / "demonstrations.npz", **content, action_low=low, action_high=high)
-    flags = {"hidden_sizes": (), "num_updates": 3000, "learning_rate": 1e-2, "held_out": 0, "squash": squash}
+    flags = {"hidden_sizes": (), "num_updates": 3000, "learning_rate": 1e-2, "squash": squash}
     _, policy, _ = clone(tmp_path / "demonstrations.npz", **flags)
     design = np.c_[obs, np.ones(len(obs))].astype(np.float64)
     solution, residual, *_ = np.linalg.lstsq(design, u)
@@ -232,11 +234,11 @@ def test_a_bad_minari_episode_is_one_line(name, change, words, tmp_path):
 
 def test_whole_episodes_are_held_out():
     episode = np.repeat(np.arange(20), np.arange(1, 21))
-    for share, expected in ((0.1, 2), (0.5, 10), (0.001, 1), (0, 0)):
+    for share, expected in ((0.1, 2), (0.5, 10), (0.001, 1), (0.0, 0)):
         held = bc.held_out_steps(args(None, held_out=share), episode)
         assert len({*episode[held]}) == expected
         assert not {*episode[held]} & {*episode[~held]}
-    assert not bc.held_out_steps(args(None), np.zeros(50, int)).any()
+    assert not bc.held_out_steps(args(None, held_out=0.1), np.zeros(50, int)).any()
 
 
 def test_an_input_that_never_changed_changes_nothing(tmp_path):
@@ -303,10 +305,28 @@ def test_the_file_is_a_prior_without_alpha_that_says_how_it_was_made(form, tmp_p
     assert ("actor_logstd.weight" in tensors) == ("log_std" in metadata) == form.get("state_dependent_std", False)
     training = json.loads(metadata["training"])
     assert training["args"]["demonstrations"] == str(tmp_path / "demonstrations.npz")
-    assert training["args"]["num_updates"] == 500
-    assert training["median_log_prob"].keys() == {"fit", "held out", "all"}
-    again = clone(tmp_path / "demonstrations.npz", **form)[2]
-    assert all((read_policy(again)[0][name] == x).all() for name, x in tensors.items())
+    with pytest.raises(bc.StopRun, match="exists"):
+        clone(tmp_path / "demonstrations.npz", export=file)
+
+
+def test_holding_out_measures_and_only_early_stopping_changes_the_clone(tmp_path):
+    """Which is trained on all episodes; where a few were memorised, it is said, and stopping is earlier."""
+    rng = np.random.default_rng(5)
+    obs = rng.normal(size=(60, 8)).astype(np.float32)
+    np.savez(tmp_path / "few.npz", **arrays(obs, rng.uniform(-1, 1, (60, 2)), 20), action_low=[-1], action_high=[1])
+    flags = {"hidden_sizes": (64,), "learning_rate": 1e-2}
+    files = [clone(tmp_path / "few.npz", **flags)[2]]
+    said, _, file = clone(tmp_path / "few.npz", **flags, held_out=0.3)
+    files.append(file)
+    files.append(clone(tmp_path / "few.npz", **flags, held_out=0.3, early_stopping=True, eval_interval=10)[2])
+    assert "too few demonstrations" in said
+    (plain, measured, stopped), (_, metadata, _) = zip(*(read_policy(file) for file in files), strict=True)
+    assert all((plain[name] == measured[name]).all() for name in plain)
+    assert not (plain["actor_mean.0.weight"] == stopped["actor_mean.0.weight"]).all()
+    log_prob = json.loads(metadata["training"])["median_log_prob"]
+    assert log_prob["fit"] > log_prob["held out"] + 1
+    updates = [json.loads(read_policy(file)[1]["training"])["args"]["num_updates"] for file in files]
+    assert updates[:2] == [500, 500] and updates[2] < 500
 
 
 def test_what_enjoy_records_is_what_was_played(tmp_path):
@@ -332,8 +352,6 @@ def test_what_enjoy_records_is_what_was_played(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "return with stochastic actions" in process.stdout
     assert "stochastic" in read_policy(tmp_path / "clone.safetensors")[1]["returns"]
-    again = run_script("train_prior_bc", *flags, "--export", tmp_path / "clone.safetensors")
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "exists" in again.stderr
 
 
 @pytest.mark.parametrize(
