@@ -76,7 +76,7 @@ def test_likelihood_and_its_gradient_are_scipys(state_dependent):
 
     def draw():
         tree = {name: {"kernel": rng.normal(size=x), "bias": rng.normal(size=x[1])} for name, x in shapes.items()}
-        return {"params": {"actor_logstd": rng.normal(size=2)} | tree}
+        return {"params": jax.tree.map(lambda x: 0.3 * x, {"actor_logstd": rng.normal(size=2)} | tree)}
 
     def scipys(params):
         p = params["params"]
