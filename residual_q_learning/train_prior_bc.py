@@ -266,14 +266,14 @@ def read_npz(path: Path) -> tuple[list[dict[str, np.ndarray]], Any]:
     """
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in ("observations", "actions", "terminations", "truncations")}
-        bounds = [file[name] for name in ("action_low", "action_high") if name in file]
+        bounds = [file[f"action_{x}"] for x in ("low", "high")] if {"action_low", "action_high"} & {*file} else None
     if len({len(x) for x in arrays.values()}) > 1:
         raise ValueError(f"its arrays differ in length: {', '.join(f'{k} {len(x)}' for k, x in arrays.items())}")
     ends = np.flatnonzero(arrays["terminations"].astype(bool) | arrays["truncations"].astype(bool)) + 1
     if len(ends) and ends[-1] < len(arrays["actions"]):
         raise ValueError("its last episode does not end; set the last of truncations, or leave that episode out")
     parts = zip(*(np.split(x, ends)[:-1] for x in arrays.values()), strict=True)
-    return [dict(zip(arrays, part, strict=True)) for part in parts], bounds or None
+    return [dict(zip(arrays, part, strict=True)) for part in parts], bounds
 
 
 def read_minari(path: Path) -> tuple[list[dict[str, np.ndarray]], Any]:

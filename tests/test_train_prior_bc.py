@@ -169,6 +169,7 @@ BAD = {
     "objects": (changed(actions=lambda x: x.astype(object)), "allow_pickle"),
     "unclosed": (changed(truncations=lambda x: x & (np.arange(15) < 14)), "its last episode does not end"),
     "no end": (changed(truncations=lambda x: 0 * x), "no complete episode"),
+    "one bound": (changed(action_high=None), "action_high"),
     "bounds upside down": (changed(action_low=np.full(2, 3.0)), "lower bounds"),
     "bounds of another size": (changed(action_low=np.full(3, -2.0)), "broadcast"),
 }
