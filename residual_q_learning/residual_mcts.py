@@ -1,0 +1,365 @@
+# /// script
+# requires-python = ">=3.11,<3.15"
+# dependencies = ["jax>=0.10", "numpy>=2.0", "tyro>=0.9", "rich>=13.9", "matplotlib>=3.10"]
+# ///
+"""Residual tree search: customise a prior by planning, without training, where the answer can be computed exactly.
+
+Residual Q-Learning's "zero-shot" algorithm, arXiv 2306.09526, for discrete actions and a known model.  A node's value is
+
+    V(s) = alpha_hat log sum_a exp((Q_R(s, a) + omega' log pi(a|s)) / alpha_hat),   Q_R(s, a) = r_R + gamma E[V(s')],
+
+pi the prior, r_R the add-on reward; the basic reward is not used.  One simulation walks down the tree, adds a node where
+it leaves it, values this leaf by one rollout of the prior, and backs the values up.
+
+The value of a leaf.  The objective is the sum of r_R + omega' log pi - alpha_hat log pi_theta.  Whoever acts as the prior
+from the leaf on, pi_theta = pi, earns
+
+    V_pi(s) = E_pi[sum_t gamma^t (r_R + (omega' - alpha_hat) log pi(a_t|s_t))] <= V(s).
+
+So the paper's rollout of r_R alone is right where omega' = alpha_hat, its own setting; elsewhere it lacks the discounted
+entropy of the prior, times alpha_hat - omega'.  An action not yet tried at a node of value v counts as Q_R = v - (omega' -
+alpha_hat) log pi(a|s): with these the formula above gives V = v, and the prior as policy.  With every node to the horizon
+in the tree, no rollout is left, and values are exact.
+
+Short horizons.  alpha log pi = r + gamma E[V*(s')] - V*(s) carries the basic task's future: what a horizon cuts off is r_R.
+
+    python residual_q_learning/residual_mcts.py
+
+In this order: flags; worlds; exact answers; tree search; planned policies; pictures and command line.
+"""
+
+import csv
+import dataclasses
+import functools
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import rich.progress
+import tyro
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    seed: int = 1
+    """seed of the searches and of the prior's errors"""
+    runs_dir: Path = Path("runs")
+    """the run writes to RUNS_DIR/<world>__residual_mcts__<seed>__<time>"""
+    mdp: Path | None = None
+    """instead of the road: a file of numpy.savez with P (states, actions, states), r, r_R (states, actions), gamma"""
+    gamma: float = 0.8
+    """discount of the road"""
+    alpha: float = 0.1
+    """temperature at which the prior is soft-optimal, in reward per nat"""
+    omega_prime: float | None = None
+    """weight of log pi, in reward per nat; default: alpha"""
+    alpha_hat: float | None = None
+    """temperature of the customised policy, in reward per nat; default: alpha"""
+    prior_error: float = 0.0
+    """standard deviation of normal errors on the prior's action values, in reward"""
+    prior_errors: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+    """the same, in the picture wrong_prior"""
+    num_simulations: tuple[int, ...] = (10, 30, 100, 300, 1000)
+    """simulations of a search, ascending; the picture wrong_prior has the middle one"""
+    horizon: int = 6
+    """steps from the root to where a search and its rollouts end"""
+    num_seeds: int = 4
+    """searches at each state"""
+    episode_length: int = 40
+    """steps over which policies are measured"""
+
+
+# ------------------------------------------------------------------------------------- worlds
+
+
+class World(NamedTuple):
+    """A finite MDP, the wish, and what is measured.  State S, the last, is the end: no reward, and no way out."""
+
+    successors: jax.Array  # (S + 1, actions, outcomes), the next state
+    chances: jax.Array  # (S + 1, actions, outcomes), of each
+    reward: jax.Array  # (S + 1, actions), r, for the prior alone
+    addon: jax.Array  # (S + 1, actions), r_R
+    gamma: jax.Array  # ()
+    start: jax.Array  # (S + 1,), chances
+    measures: dict[str, jax.Array]  # (S + 1, actions), summed over an episode; a mean is per step
+
+
+def make_world(transition, reward, addon, gamma, start, measures: dict) -> World:
+    """The world of arrays without the end, to which goes what rows of transition (S, actions, S) lack to 1."""
+    end = 1 - transition.sum(-1, keepdims=True)
+    chances = np.concatenate([transition, np.where(end > 1e-6, end, 0)], -1)
+    chances = np.concatenate([chances, np.eye(len(reward) + 1)[-1:, None].repeat(reward.shape[1], 1)])
+    order = np.argsort(-chances, axis=-1, kind="stable")[..., : (chances > 0).sum(-1).max()]
+
+    def ended(x):
+        return jnp.asarray(np.concatenate([x, 0 * x[:1]]), float)
+
+    tables = jnp.asarray(order, jnp.int32), jnp.asarray(np.take_along_axis(chances, order, -1), float)
+    rest = ended(start), {name: ended(x) for name, x in measures.items()}
+    return World(*tables, ended(reward), ended(addon), jnp.asarray(gamma, float), *rest)
+
+
+def road(gamma: float, num_cells: int = 5, brake_chance: float = 0.2) -> World:
+    """Three lanes, a car in each; actions: left, idle, right, faster, slower.
+
+    State: lane (2: right), speed (0 to 2), and how many cells each lane's car is ahead, on a ring of num_cells.  Cars
+    drive 2, 1 and 1 cells a step; the one in one's own lane may brake, and waits if it is behind.  To drive onto it, or
+    to change onto it, ends the episode.  Basic reward: 1 + 0.2 speed, less 0.5 for a crash; wish: 0.25 lane.
+    """
+    shape = (3, 3, num_cells, num_cells, num_cells)
+    lane, speed, *cars = np.indices(shape).reshape(5, -1)
+    cars, states = np.stack(cars), np.arange(len(lane))
+    transition, crash = np.zeros((len(lane), 5, len(lane))), np.zeros((len(lane), 5))
+    lanes = np.clip(lane[:, None] + [-1, 0, 1, 0, 0], 0, 2)  # (S, actions), after the action
+    speeds = np.clip(speed[:, None] + [0, 0, 0, 1, -1], 0, 2)
+    for action in range(5):
+        here = lanes[:, action] == np.arange(3)[:, None]  # (lanes, S)
+        for brake, chance in ((0, 1 - brake_chance), (1, brake_chance)):
+            ahead = cars + [[2], [1], [1]] - speeds[:, action] - brake * here
+            hit = (here & ((cars == 0) | (ahead <= 0))).any(0)
+            gaps = np.where(here, np.clip(ahead, 0, num_cells - 1), ahead % num_cells)
+            after = np.ravel_multi_index((lanes[:, action], speeds[:, action], *gaps), shape)
+            transition[states, action, after] += chance * ~hit
+            crash[:, action] += chance * hit
+    basic, addon = 1 + 0.2 * speeds - 0.5 * crash, 0.25 * lanes
+    start = (speed == 1) & (cars[lane, states] > 0)
+    measures = {"total": basic + addon, "crashes": crash, "mean lane": lanes}
+    return make_world(transition, basic, addon, gamma, start / start.sum(), measures)
+
+
+def load_world(path: Path) -> World:
+    """The world of --mdp, where all states can be the first; BadInput if it is none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            transition, reward, addon, gamma = (np.asarray(file[x], np.float64) for x in ("P", "r", "r_R", "gamma"))
+        good = reward.ndim == 2 and reward.size and transition.shape == (*reward.shape, len(reward))
+        if not good or addon.shape != reward.shape or gamma.ndim:
+            raise ValueError("P, r, r_R, gamma must have the shapes (S, A, S), (S, A), (S, A), ()")
+        good = np.abs(transition.sum(-1) - 1).max() < 1e-6 and (transition >= 0).all()  # which NaN is not
+        if not (good and np.isfinite(reward + addon).all() and 0 <= gamma < 1):
+            raise ValueError("rows of P must be positive and sum to 1, r and r_R be finite, gamma from 0 to below 1")
+    except Exception as error:  # a damaged archive can raise nearly anything
+        raise BadInput(f"--mdp {path} cannot be used: {' '.join(str(error).split())}") from None
+    measures = {"total": reward + addon, "basic": reward, "add-on": addon}
+    return make_world(transition, reward, addon, gamma, np.full(len(reward), 1 / len(reward)), measures)
+
+
+# ------------------------------------------------------------------------------ exact answers
+
+
+class Problem(NamedTuple):
+    """What to plan for in a world."""
+
+    world: World
+    addon: jax.Array  # (S + 1, actions), r_R
+    leaf_reward: jax.Array  # (S + 1, actions), what a rollout sums
+    log_prior: jax.Array  # (S + 1, actions)
+    omega_prime: jax.Array  # ()
+    alpha_hat: jax.Array  # ()
+
+
+def make_problem(world: World, addon, log_prior, omega_prime, alpha_hat, leaf: str = "residual") -> Problem:
+    """leaf: rollouts sum "residual", r_R + (omega' - alpha_hat) log pi, or "addon", r_R alone."""
+    leaf_reward = addon + (omega_prime - alpha_hat) * log_prior if leaf == "residual" else addon
+    return Problem(world, addon, leaf_reward.at[-1].set(0), log_prior, jnp.asarray(omega_prime), jnp.asarray(alpha_hat))
+
+
+def node_value(problem: Problem, q: jax.Array, log_prior: jax.Array) -> jax.Array:
+    """V (...) of Q_R and log pi (..., actions): alpha_hat log sum_a exp((Q_R + omega' log pi) / alpha_hat)."""
+    return problem.alpha_hat * jax.nn.logsumexp((q + problem.omega_prime * log_prior) / problem.alpha_hat, axis=-1)
+
+
+@partial(jax.jit, static_argnums=1)
+def residual_q(problem: Problem, horizon: int) -> jax.Array:
+    """Q_R (S + 1, actions) where all ends after horizon steps, by value iteration: what the search estimates."""
+
+    def iterate(_, q):
+        value = node_value(problem, q, problem.log_prior).at[-1].set(0)
+        return problem.addon + problem.world.gamma * jnp.sum(problem.world.chances * value[problem.world.successors], -1)
+
+    return lax.fori_loop(1, horizon, iterate, problem.addon)
+
+
+def endless(gamma: float) -> int:
+    """A horizon at which what is cut off has a weight below 1e-12."""
+    return 1 + int(np.ceil(np.log(1e-12) / np.log(np.clip(gamma, 1e-6, 1 - 1e-6))))
+
+
+def make_prior(world: World, alpha: float, error: float, seed: tuple[int, ...]) -> jax.Array:
+    """log pi (S + 1, actions), soft-optimal for r at alpha but for normal errors of its action values."""
+    basic = make_problem(world, world.reward, jnp.zeros_like(world.reward), 0.0, alpha)
+    noise = np.random.default_rng(seed).normal(size=world.reward.shape)
+    return jax.nn.log_softmax((residual_q(basic, endless(world.gamma)) + error * noise) / alpha)
+
+
+@partial(jax.jit, static_argnums=1)
+def episodes(world: World, length: int, policies: jax.Array) -> dict:
+    """Expected sums {what is measured: (n,)} over length steps under policies (n, S + 1, actions)."""
+
+    def of_one(policy):
+        def step(now, _):
+            flow = (now[:, None] * policy)[..., None] * world.chances
+            return jnp.zeros_like(now).at[world.successors].add(flow), now.at[-1].set(0)
+
+        visits = lax.scan(step, world.start, None, length)[1].sum(0)  # (S + 1,)
+        sums = {name: jnp.sum(visits[:, None] * policy * x) for name, x in world.measures.items()}
+        return {name: x / visits.sum() if name.startswith("mean") else x for name, x in sums.items()}
+
+    return lax.map(of_one, policies)
+
+
+# -------------------------------------------------------------------------------- tree search
+
+
+class Tree(NamedTuple):
+    """One root's tree; node 0 is the root.  A number of a node that is not there is the number of nodes."""
+
+    state: jax.Array  # (nodes,)
+    children: jax.Array  # (nodes, actions, outcomes), nodes
+    q: jax.Array  # (nodes, actions), Q_R
+    value: jax.Array  # (nodes,)
+    visits: jax.Array  # (nodes,)
+
+
+def mixture(kind: str, problem: Problem, log_prior: jax.Array, q: jax.Array, visits: jax.Array) -> jax.Array:
+    """Probabilities (actions,) with which a walk goes on at a node; the first time, the prior's.
+
+    Then softmax((Q_R + omega' log pi) / alpha_hat), mixed with an exploring policy.  "uniform", the paper's: the uniform
+    one with weight min(1, |A| / log(1 + N)), which is 1 until N = 147 if there are five actions, so that log pi has no
+    say; "soft": with weight min(1, 1 / log(1 + N)); "prior": the prior with the first weight.
+    """
+    prior = jnp.exp(log_prior)
+    soft = jax.nn.softmax((q + problem.omega_prime * log_prior) / problem.alpha_hat)
+    scale = 1 if kind == "soft" else len(q)
+    weight = jnp.minimum(1.0, scale / jnp.log1p(jnp.maximum(visits, 1)))  # no division by log 1 = 0 at a new node
+    exploring = prior if kind == "prior" else 1 / len(q)
+    return jnp.where(visits > 1, weight * exploring + (1 - weight) * soft, prior)
+
+
+def sample(chances: jax.Array, uniform: jax.Array) -> jax.Array:
+    """An index drawn with chances (n,) by a uniform number, never one without a chance."""
+    sums = jnp.cumsum(chances)
+    return jnp.sum(sums[:-1] <= uniform * sums[-1])
+
+
+def walk(kind: str, problem: Problem, tree: Tree, node: jax.Array, root: jax.Array, uniforms: jax.Array) -> tuple:
+    """From root by the tree's policy, once outside the tree by the prior's, for as many steps as uniforms (horizon, 2).
+
+    Returns (horizon,) each: the node, or the number of nodes when outside; the state; action; outcome; next state.
+    """
+    end, nowhere = len(problem.addon) - 1, len(tree.state)
+
+    def step(carry, uniform):
+        node, state = carry
+        inside, log_prior = node < nowhere, problem.log_prior[state]
+        inner = mixture(kind, problem, log_prior, tree.q[node], tree.visits[node])
+        action = sample(jnp.where(inside, inner, jnp.exp(log_prior)), uniform[0])
+        outcome = sample(problem.world.chances[state, action], uniform[1])
+        after = problem.world.successors[state, action, outcome]
+        child = jnp.where(inside & (after != end), tree.children[node, action, outcome], nowhere)
+        return (child, after), (node, state, action, outcome, after)
+
+    return lax.scan(step, (node, root), uniforms)[1]
+
+
+def backup(problem: Problem, tree: Tree, nodes: jax.Array, states: jax.Array, actions: jax.Array) -> Tree:
+    """Q_R and V along a walk's nodes (horizon,), from the last to the first; outcomes not yet seen share the mean."""
+
+    def step(carry, at):
+        q, value = carry
+        node, state, action = at
+        children = tree.children[node, action]  # (outcomes,)
+        seen = jnp.where(children < len(value), problem.world.chances[state, action], 0.0)
+        mean = jnp.sum(seen * value[children]) / jnp.sum(seen)
+        row = q[node].at[action].set(problem.addon[state, action] + problem.world.gamma * mean)
+        new = node_value(problem, row, problem.log_prior[state])
+        return (q.at[node].set(row), value.at[node].set(new)), None
+
+    (q, value), _ = lax.scan(step, (tree.q, tree.value), (nodes, states, actions), reverse=True)
+    return tree._replace(q=q, value=value, visits=tree.visits.at[nodes].add(1))
+
+
+def simulate(kind: str, problem: Problem, horizon: int, root: jax.Array, key: jax.Array, i, tree: Tree) -> Tree:
+    """Simulation i: a walk, its leaf as node i, and the backup; simulation 0 is a rollout, and makes the root."""
+    nowhere, end = len(tree.state), len(problem.addon) - 1
+    uniforms = jax.random.uniform(jax.random.fold_in(key, i), (horizon, 2), jnp.float32)
+    start = jnp.where(i > 0, 0, nowhere)
+    nodes, states, actions, outcomes, after = walk(kind, problem, tree, start, root, uniforms)
+    depth = jnp.sum(nodes < nowhere)  # of the leaf
+    time_left = jnp.arange(horizon) - depth
+    rewards = problem.leaf_reward[states, actions]
+    leaf_value = jnp.sum(jnp.where(time_left >= 0, problem.world.gamma**time_left * rewards, 0.0))
+    leaf_state = jnp.where(depth > 0, after[depth - 1], root)
+    edge = jnp.where(depth > 0, nodes[depth - 1], nowhere), actions[depth - 1], outcomes[depth - 1]
+    is_new = (depth == 0) | (tree.children[edge] == nowhere)
+    leaf = jnp.where(is_new, i, nowhere)
+    prior_row = problem.log_prior[leaf_state]
+    q_row = leaf_value - (problem.omega_prime - problem.alpha_hat) * prior_row
+    tree = tree._replace(
+        state=tree.state.at[leaf].set(leaf_state),
+        children=tree.children.at[edge].min(leaf),
+        q=tree.q.at[leaf].set(q_row),
+        value=tree.value.at[leaf].set(jnp.where(leaf_state == end, 0.0, leaf_value)),
+        visits=tree.visits.at[leaf].set(1),
+    )
+    return backup(problem, tree, nodes, states, actions)
+
+
+def search(kind: str, counts: tuple, horizon: int, problem: Problem, root: jax.Array, key: jax.Array) -> tuple:
+    """Q_R at the root after each of counts simulations (counts, actions), and the tree (counts[-1] nodes)."""
+    (num_nodes, num_actions), zeros = (counts[-1], problem.addon.shape[1]), jnp.zeros_like(problem.world.gamma)
+    tree = Tree(
+        jnp.zeros(num_nodes, jnp.int32),
+        jnp.full((num_nodes, *problem.world.chances.shape[1:]), num_nodes, jnp.int32),
+        zeros + jnp.zeros((num_nodes, num_actions)),
+        zeros + jnp.zeros(num_nodes),
+        jnp.zeros(num_nodes, jnp.int32),
+    )
+    found = []
+    for start, stop in zip((0, *counts), counts, strict=False):
+        tree = lax.fori_loop(start, stop, partial(simulate, kind, problem, horizon, root, key), tree)
+        found.append(tree.q[0])
+    return jnp.stack(found), tree
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def plan(kind: str, counts: tuple, horizon: int, problem: Problem, roots: jax.Array, keys: jax.Array) -> jax.Array:
+    """Q_R (roots, counts, actions) by independent searches: side by side, as many as fit into a cache."""
+    size = max(1, int(2e5 / (counts[-1] * problem.world.chances[0].size)))
+    return lax.map(lambda x: search(kind, counts, horizon, problem, *x)[0], (roots, keys), batch_size=size)
+
+
+
+# ---------------------------------------------------------------------------- planned policies
+
+
+@functools.lru_cache
+def scores(args: Args, way: str, horizon: int | None = None, leaf: str = "residual") -> np.ndarray:
+    """Q_R + omega' log pi, whose softmax at alpha_hat is the policy: (n, seeds, S + 1, actions).
+
+    way: a tree policy, a search at each state, n = counts; "exact", planning without error (horizon None: nor end), n = 1;
+    "prior", whose softmax is the prior, n = 1.  Searches, and the prior's errors if any, differ from seed to seed.
+    """
+    world, found = load_world(args.mdp) if args.mdp else road(args.gamma), []
+    roots = jnp.arange(len(world.addon))
+    for seed, keys in enumerate(jax.random.split(jax.random.PRNGKey(args.seed), (args.num_seeds, len(roots)))):
+        log_prior = make_prior(world, args.alpha, args.prior_error, (args.seed, seed))
+        problem = make_problem(world, world.addon, log_prior, args.omega_prime, args.alpha_hat, leaf)
+        if way == "prior":
+            q = (args.alpha_hat - args.omega_prime) * log_prior[None]
+        elif way == "exact":
+            q = residual_q(problem, horizon or endless(world.gamma))[None]
+        else:
+            q = jnp.moveaxis(plan(way, args.num_simulations, args.horizon, problem, roots, keys), 1, 0)
+        found.append(np.asarray(q + args.omega_prime * log_prior))
+    return np.stack(found, 1)
+
+
