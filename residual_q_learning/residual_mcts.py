@@ -32,6 +32,7 @@ import csv
 import dataclasses
 import functools
 import json
+import signal
 import sys
 import time
 from functools import partial
@@ -183,7 +184,9 @@ def residual_q(problem: Problem, horizon: int) -> jax.Array:
 
     def iterate(_, q):
         value = node_value(problem, q, problem.log_prior).at[-1].set(0)
-        return problem.addon + problem.world.gamma * jnp.sum(problem.world.chances * value[problem.world.successors], -1)
+        return problem.addon + problem.world.gamma * jnp.sum(
+            problem.world.chances * value[problem.world.successors], -1
+        )
 
     return lax.fori_loop(1, horizon, iterate, problem.addon)
 
@@ -222,7 +225,6 @@ def episodes(world: World, length: int, policies: jax.Array) -> dict:
 class Tree(NamedTuple):
     """One root's tree; node 0 is the root.  A number of a node that is not there is the number of nodes."""
 
-    state: jax.Array  # (nodes,)
     children: jax.Array  # (nodes, actions, outcomes), nodes
     q: jax.Array  # (nodes, actions), Q_R
     value: jax.Array  # (nodes,)
@@ -255,7 +257,7 @@ def walk(kind: str, problem: Problem, tree: Tree, node: jax.Array, root: jax.Arr
 
     Returns (horizon,) each: the node, or the number of nodes when outside; the state; action; outcome; next state.
     """
-    end, nowhere = len(problem.addon) - 1, len(tree.state)
+    end, nowhere = len(problem.addon) - 1, len(tree.value)
 
     def step(carry, uniform):
         node, state = carry
@@ -289,7 +291,7 @@ def backup(problem: Problem, tree: Tree, nodes: jax.Array, states: jax.Array, ac
 
 def simulate(kind: str, problem: Problem, horizon: int, root: jax.Array, key: jax.Array, i, tree: Tree) -> Tree:
     """Simulation i: a walk, its leaf as node i, and the backup; simulation 0 is a rollout, and makes the root."""
-    nowhere, end = len(tree.state), len(problem.addon) - 1
+    nowhere, end = len(tree.value), len(problem.addon) - 1
     uniforms = jax.random.uniform(jax.random.fold_in(key, i), (horizon, 2), jnp.float32)
     start = jnp.where(i > 0, 0, nowhere)
     nodes, states, actions, outcomes, after = walk(kind, problem, tree, start, root, uniforms)
@@ -304,7 +306,6 @@ def simulate(kind: str, problem: Problem, horizon: int, root: jax.Array, key: ja
     prior_row = problem.log_prior[leaf_state]
     q_row = leaf_value - (problem.omega_prime - problem.alpha_hat) * prior_row
     tree = tree._replace(
-        state=tree.state.at[leaf].set(leaf_state),
         children=tree.children.at[edge].min(leaf),
         q=tree.q.at[leaf].set(q_row),
         value=tree.value.at[leaf].set(jnp.where(leaf_state == end, 0.0, leaf_value)),
@@ -317,7 +318,6 @@ def search(kind: str, counts: tuple, horizon: int, problem: Problem, root: jax.A
     """Q_R at the root after each of counts simulations (counts, actions), and the tree (counts[-1] nodes)."""
     (num_nodes, num_actions), zeros = (counts[-1], problem.addon.shape[1]), jnp.zeros_like(problem.world.gamma)
     tree = Tree(
-        jnp.zeros(num_nodes, jnp.int32),
         jnp.full((num_nodes, *problem.world.chances.shape[1:]), num_nodes, jnp.int32),
         zeros + jnp.zeros((num_nodes, num_actions)),
         zeros + jnp.zeros(num_nodes),
@@ -333,33 +333,178 @@ def search(kind: str, counts: tuple, horizon: int, problem: Problem, root: jax.A
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def plan(kind: str, counts: tuple, horizon: int, problem: Problem, roots: jax.Array, keys: jax.Array) -> jax.Array:
     """Q_R (roots, counts, actions) by independent searches: side by side, as many as fit into a cache."""
-    size = max(1, int(2e5 / (counts[-1] * problem.world.chances[0].size)))
+    size = max(1, int(1e6 / (counts[-1] * problem.world.chances[0].size)))
     return lax.map(lambda x: search(kind, counts, horizon, problem, *x)[0], (roots, keys), batch_size=size)
-
 
 
 # ---------------------------------------------------------------------------- planned policies
 
 
 @functools.lru_cache
+def find_world(args: Args) -> World:
+    """The world that the flags name."""
+    return load_world(args.mdp) if args.mdp else road(args.gamma)
+
+
+@functools.lru_cache
 def scores(args: Args, way: str, horizon: int | None = None, leaf: str = "residual") -> np.ndarray:
-    """Q_R + omega' log pi, whose softmax at alpha_hat is the policy: (n, seeds, S + 1, actions).
+    """Q_R + omega' log pi, whose softmax at alpha_hat is the policy: (seeds, n, S + 1, actions).
 
     way: a tree policy, a search at each state, n = counts; "exact", planning without error (horizon None: nor end), n = 1;
-    "prior", whose softmax is the prior, n = 1.  Searches, and the prior's errors if any, differ from seed to seed.
+    "unplanned", whose softmax is the prior, n = 1.  Searches, and the prior's errors if any, differ by seed.
     """
-    world, found = load_world(args.mdp) if args.mdp else road(args.gamma), []
-    roots = jnp.arange(len(world.addon))
+    world, found = find_world(args), []
+    roots = jnp.arange(len(world.addon), dtype=jnp.int32)
     for seed, keys in enumerate(jax.random.split(jax.random.PRNGKey(args.seed), (args.num_seeds, len(roots)))):
         log_prior = make_prior(world, args.alpha, args.prior_error, (args.seed, seed))
         problem = make_problem(world, world.addon, log_prior, args.omega_prime, args.alpha_hat, leaf)
-        if way == "prior":
+        if way == "unplanned":
             q = (args.alpha_hat - args.omega_prime) * log_prior[None]
         elif way == "exact":
             q = residual_q(problem, horizon or endless(world.gamma))[None]
         else:
             q = jnp.moveaxis(plan(way, args.num_simulations, args.horizon, problem, roots, keys), 1, 0)
         found.append(np.asarray(q + args.omega_prime * log_prior))
-    return np.stack(found, 1)
+    return np.stack(found)
 
 
+def outcomes(args: Args, found: np.ndarray, best: bool) -> dict[str, np.ndarray]:
+    """What is measured, (seeds, n), of the policies of scores: samples of their softmax, or always the best action."""
+    flat = jnp.asarray(found).reshape(-1, *found.shape[2:])
+    policies = jax.nn.one_hot(flat.argmax(-1), flat.shape[-1]) if best else jax.nn.softmax(flat / args.alpha_hat)
+    sums = episodes(find_world(args), args.episode_length, policies)
+    return {name: np.reshape(x, found.shape[:2]) for name, x in sums.items()}
+
+
+# ------------------------------------------------------------------ pictures and command line
+
+
+def panels(args: Args, xlabel: str, x: tuple, found: dict[str, np.ndarray], best: bool = False) -> list[tuple]:
+    """A panel for each of what is measured, with a curve for each of the scores found; n = 1: a level line."""
+    measured = {label: outcomes(args, each, best) for label, each in found.items()}
+    names = next(iter(measured.values()))
+    return [(name, xlabel, name, {label: (x, each[name]) for label, each in measured.items()}) for name in names]
+
+
+def level_lines(args: Args) -> dict[str, np.ndarray]:
+    """Scores of the prior, and of planning without error: of the wish with the prior, and of the wish alone."""
+    exact, greedy = scores(args, "exact"), scores(dataclasses.replace(args, omega_prime=0.0), "exact")
+    return {"prior": scores(args, "unplanned"), "exact optimum": exact, "greedy, exact": greedy}
+
+
+def simulations(args: Args, best: bool = False) -> list[tuple]:
+    """What the policies of searches bring, by the number of simulations; actions are sampled."""
+    found = {f"search, tree policy {kind}": scores(args, kind) for kind in TREE_POLICIES} | level_lines(args)
+    found["exact to the horizon"] = scores(args, "exact", args.horizon)
+    return panels(args, "simulations", args.num_simulations, found, best)
+
+
+def best_actions(args: Args) -> list[tuple]:
+    """The same where always the best action is taken."""
+    return simulations(args, best=True)
+
+
+def errors(args: Args) -> list[tuple]:
+    """Errors of the searches' Q_R: by tree policy, and by what a leaf is worth where omega' is not alpha_hat."""
+
+    def curve(args, kind, leaf="residual"):
+        gap = (scores(args, kind, leaf=leaf) - scores(args, "exact", args.horizon))[:, :, :-1]
+        return args.num_simulations, np.sqrt((gap**2).mean((2, 3)))
+
+    apart = dataclasses.replace(args, omega_prime=3 * args.alpha, alpha_hat=args.alpha / 3)
+    kinds = {f"tree policy {kind}": curve(args, kind) for kind in TREE_POLICIES}
+    leaves = {"r_R + (ω′ − α̂) log π": curve(apart, "soft"), "r_R alone": curve(apart, "soft", "addon")}
+    x, y = "simulations", "RMS error of Q_R, in reward"
+    return [("by tree policy", x, y, kinds), ("by rollout, ω′ = 3 α, α̂ = α / 3", x, y, leaves)]
+
+
+def wrong_prior(args: Args) -> list[tuple]:
+    """What errors of the prior do to it, to planning with it, and with half its weight; actions are sampled."""
+    count = args.num_simulations[len(args.num_simulations) // 2]
+    each = [dataclasses.replace(args, num_simulations=(count,), prior_error=x) for x in args.prior_errors]
+    halves = [dataclasses.replace(x, omega_prime=x.omega_prime / 2) for x in each]
+    ways = {"the prior": (each, "unplanned"), f"search, {count} simulations": (each, "soft")}
+    ways |= {"planning with it, exact": (each, "exact"), "the same with ω′ / 2": (halves, "exact")}
+    found = {label: np.concatenate([scores(x, way) for x in all_], 1) for label, (all_, way) in ways.items()}
+    return panels(args, "standard deviation of the prior's errors", args.prior_errors, found | level_lines(args))
+
+
+def draw_panel(axes, title: str, xlabel: str, ylabel: str, curves: dict) -> list[tuple]:
+    """Draw means over seeds of curves {label: (x, y (seeds, n))}, from lowest to highest a band; the rows of its CSV."""
+    rows = []
+    for i, (label, (x, y)) in enumerate(curves.items()):
+        low, mean, high = (np.broadcast_to(of(y, 0), len(x)) for of in (np.min, np.mean, np.max))
+        axes.plot(x, mean, "--" if y.shape[1] < len(x) else "o-", color=f"C{i}", markersize=4, label=label)
+        axes.fill_between(x, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
+        rows += [(title, label, *(f"{value:.5g}" for value in row)) for row in zip(x, mean, low, high, strict=True)]
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if xlabel == "simulations" else "linear")
+    axes.legend(fontsize=7)
+    return rows
+
+
+BOUNDS = {"gamma": (0, 0.9999), "seed": (0, 2**31)} | dict.fromkeys(("alpha", "alpha_hat"), (1e-6, 1e6))
+BOUNDS |= dict.fromkeys(("num_simulations", "horizon", "num_seeds", "episode_length"), (1, 1e5))
+TREE_POLICIES = ("uniform", "soft", "prior")
+FIGURES = {x.__name__: x for x in (simulations, best_actions, errors, wrong_prior)}
+
+
+class BadInput(Exception):
+    """Ends the program with one line for the user, and exit code 2."""
+
+
+def checked(args: Args) -> Args:
+    """The arguments, omega' and alpha_hat filled in; BadInput if they cannot work."""
+    filled = {x: args.alpha for x in ("omega_prime", "alpha_hat") if getattr(args, x) is None}
+    for name, value in vars(args := dataclasses.replace(args, **filled)).items():
+        low, high = BOUNDS.get(name, (0, 1e6))
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, int | float) and not low <= x <= high:
+                raise BadInput(f"--{name.replace('_', '-')} is {x}; it must be from {low:g} to {high:g}")
+    if (
+        not args.prior_errors
+        or not args.num_simulations
+        or list(args.num_simulations) != sorted(set(args.num_simulations))
+    ):
+        raise BadInput("--num-simulations must ascend, and it and --prior-errors must each have a value")
+    return args
+
+
+def main(args: Args) -> None:
+    """Make the pictures, each with its CSV."""
+    args = checked(args)
+    with jax.enable_x64(True):
+        find_world(args)
+        world = args.mdp.stem if args.mdp else "road"
+        run_dir = args.runs_dir / f"{world}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}"
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(f"cannot write to {run_dir}: {error.strerror}; choose another --runs-dir") from None
+        (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2, default=str))
+        for name in rich.progress.track(FIGURES, f"pictures in {run_dir}"):
+            made = FIGURES[name](args)
+            figure = matplotlib.figure.Figure(figsize=(4.8 * len(made), 4), layout="constrained")
+            rows = [("panel", "curve", "x", "mean", "lowest", "highest")]
+            for axes, panel in zip(figure.subplots(1, len(made), squeeze=False)[0], made, strict=True):
+                rows += draw_panel(axes, *panel)
+            figure.savefig(run_dir / f"{name}.png", dpi=90)
+            with (run_dir / f"{name}.csv").open("w", newline="") as file:
+                csv.writer(file).writerows(rows)
+
+
+def stop(message: str, exit_code: int) -> None:
+    """End this process with one line."""
+    print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: stop("SIGTERM", 128 + signal.SIGTERM))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except BadInput as error:
+        stop(str(error), 2)
+    except OSError as error:  # as of a full disk
+        stop(str(error), 1)
+    except KeyboardInterrupt:
+        stop("interrupted", 130)
