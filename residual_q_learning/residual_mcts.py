@@ -4,24 +4,23 @@
 # ///
 """Residual tree search: customise a prior by planning, without training, where the answer can be computed exactly.
 
-Residual Q-Learning's "zero-shot" algorithm, arXiv 2306.09526, for discrete actions and a known model.  A node's value is
+Residual Q-Learning's "zero-shot" algorithm (arXiv 2306.09526), discrete actions, a known model.  A node's value is
 
-    V(s) = alpha_hat log sum_a exp((Q_R(s, a) + omega' log pi(a|s)) / alpha_hat),   Q_R(s, a) = r_R + gamma E[V(s')],
+    V(s) = alpha_hat log sum_a exp((Q_R(s, a) + omega' log pi(a|s)) / alpha_hat),  Q_R(s, a) = r_R + gamma E[V(s')],
 
-pi the prior, r_R the add-on reward; the basic reward is not used.  One simulation walks down the tree, adds a node where
+pi the prior, r_R the add-on reward; the basic reward is not used.  A simulation walks down the tree, adds a node where
 it leaves it, values this leaf by one rollout of the prior, and backs the values up.
 
-The value of a leaf.  The objective is the sum of r_R + omega' log pi - alpha_hat log pi_theta.  Whoever acts as the prior
-from the leaf on, pi_theta = pi, earns
+The value of a leaf.  The objective is the sum of r_R + omega' log pi - alpha_hat log pi_theta.  Whoever acts as the
+prior from the leaf on, pi_theta = pi, earns
 
     V_pi(s) = E_pi[sum_t gamma^t (r_R + (omega' - alpha_hat) log pi(a_t|s_t))] <= V(s).
 
-So the paper's rollout of r_R alone is right where omega' = alpha_hat, its own setting; elsewhere it lacks the discounted
-entropy of the prior, times alpha_hat - omega'.  An action not yet tried at a node of value v counts as Q_R = v - (omega' -
-alpha_hat) log pi(a|s): with these the formula above gives V = v, and the prior as policy.  With every node to the horizon
-in the tree, no rollout is left, and values are exact.
-
-Short horizons.  alpha log pi = r + gamma E[V*(s')] - V*(s) carries the basic task's future: what a horizon cuts off is r_R.
+So the paper's rollout of r_R alone is right where omega' = alpha_hat, its own setting; elsewhere it lacks a multiple of
+the prior's entropy.  An action not yet tried at a node of value v counts as Q_R = v - (omega' - alpha_hat) log pi(a|s):
+with these the formula above gives V = v, and the prior as policy.  With all nodes to the horizon in the tree, no
+rollout is left, and values are exact.  A short horizon cuts off r_R alone: as alpha log pi = r + gamma E[V*(s')] -
+V*(s), log pi carries the future of the prior's own task.
 
     python residual_q_learning/residual_mcts.py
 
@@ -30,12 +29,11 @@ In this order: flags; worlds; exact answers; tree search; planned policies; pict
 
 import csv
 import dataclasses
-import functools
 import json
 import signal
 import sys
 import time
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,8 +72,6 @@ class Args:
     """steps from the root to where a search and its rollouts end"""
     num_seeds: int = 4
     """searches at each state"""
-    episode_length: int = 40
-    """steps over which policies are measured"""
 
 
 # ------------------------------------------------------------------------------------- worlds
@@ -96,16 +92,14 @@ class World(NamedTuple):
 def make_world(transition, reward, addon, gamma, start, measures: dict) -> World:
     """The world of arrays without the end, to which goes what rows of transition (S, actions, S) lack to 1."""
     end = 1 - transition.sum(-1, keepdims=True)
-    chances = np.concatenate([transition, np.where(end > 1e-6, end, 0)], -1)
-    chances = np.concatenate([chances, np.eye(len(reward) + 1)[-1:, None].repeat(reward.shape[1], 1)])
-    order = np.argsort(-chances, axis=-1, kind="stable")[..., : (chances > 0).sum(-1).max()]
-
-    def ended(x):
-        return jnp.asarray(np.concatenate([x, 0 * x[:1]]), float)
-
-    tables = jnp.asarray(order, jnp.int32), jnp.asarray(np.take_along_axis(chances, order, -1), float)
-    rest = ended(start), {name: ended(x) for name, x in measures.items()}
-    return World(*tables, ended(reward), ended(addon), jnp.asarray(gamma, float), *rest)
+    chances = np.pad(np.concatenate([transition, np.where(end > 1e-6, end, 0)], -1), ((0, 1), (0, 0), (0, 0)))
+    chances[-1, :, -1] = 1
+    order = np.argsort(-chances, axis=-1, kind="stable")[..., : (chances > 0).sum(-1).max()].astype(np.int32)
+    start, *tables = (np.pad(x, ((0, 1), (0, 0))[: x.ndim]) for x in (start, reward, addon, *measures.values()))
+    tables, measures = tables[:2], dict(zip(measures, tables[2:], strict=True))
+    return jax.tree.map(
+        jnp.asarray, World(order, np.take_along_axis(chances, order, -1), *tables, gamma, start, measures)
+    )
 
 
 def road(gamma: float, num_cells: int = 5, brake_chance: float = 0.2) -> World:
@@ -160,17 +154,16 @@ class Problem(NamedTuple):
     """What to plan for in a world."""
 
     world: World
-    addon: jax.Array  # (S + 1, actions), r_R
-    leaf_reward: jax.Array  # (S + 1, actions), what a rollout sums
     log_prior: jax.Array  # (S + 1, actions)
     omega_prime: jax.Array  # ()
     alpha_hat: jax.Array  # ()
+    leaf_reward: jax.Array  # (S + 1, actions), what a rollout sums
 
 
-def make_problem(world: World, addon, log_prior, omega_prime, alpha_hat, leaf: str = "residual") -> Problem:
+def make_problem(world: World, log_prior, omega_prime, alpha_hat, leaf: str = "residual") -> Problem:
     """leaf: rollouts sum "residual", r_R + (omega' - alpha_hat) log pi, or "addon", r_R alone."""
-    leaf_reward = addon + (omega_prime - alpha_hat) * log_prior if leaf == "residual" else addon
-    return Problem(world, addon, leaf_reward.at[-1].set(0), log_prior, jnp.asarray(omega_prime), jnp.asarray(alpha_hat))
+    extra = (omega_prime - alpha_hat) * log_prior.at[-1].set(0) if leaf == "residual" else 0
+    return Problem(world, log_prior, jnp.asarray(omega_prime), jnp.asarray(alpha_hat), world.addon + extra)
 
 
 def node_value(problem: Problem, q: jax.Array, log_prior: jax.Array) -> jax.Array:
@@ -181,14 +174,13 @@ def node_value(problem: Problem, q: jax.Array, log_prior: jax.Array) -> jax.Arra
 @partial(jax.jit, static_argnums=1)
 def residual_q(problem: Problem, horizon: int) -> jax.Array:
     """Q_R (S + 1, actions) where all ends after horizon steps, by value iteration: what the search estimates."""
+    world = problem.world
 
     def iterate(_, q):
         value = node_value(problem, q, problem.log_prior).at[-1].set(0)
-        return problem.addon + problem.world.gamma * jnp.sum(
-            problem.world.chances * value[problem.world.successors], -1
-        )
+        return world.addon + world.gamma * jnp.sum(world.chances * value[world.successors], axis=-1)
 
-    return lax.fori_loop(1, horizon, iterate, problem.addon)
+    return lax.fori_loop(1, horizon, iterate, world.addon)
 
 
 def endless(gamma: float) -> int:
@@ -198,7 +190,7 @@ def endless(gamma: float) -> int:
 
 def make_prior(world: World, alpha: float, error: float, seed: tuple[int, ...]) -> jax.Array:
     """log pi (S + 1, actions), soft-optimal for r at alpha but for normal errors of its action values."""
-    basic = make_problem(world, world.reward, jnp.zeros_like(world.reward), 0.0, alpha)
+    basic = make_problem(world._replace(addon=world.reward), jnp.zeros_like(world.reward), 0.0, alpha)
     noise = np.random.default_rng(seed).normal(size=world.reward.shape)
     return jax.nn.log_softmax((residual_q(basic, endless(world.gamma)) + error * noise) / alpha)
 
@@ -232,18 +224,16 @@ class Tree(NamedTuple):
 
 
 def mixture(kind: str, problem: Problem, log_prior: jax.Array, q: jax.Array, visits: jax.Array) -> jax.Array:
-    """Probabilities (actions,) with which a walk goes on at a node; the first time, the prior's.
+    """Probabilities (actions,) with which a walk goes on at a node: the first time the prior's, then a mixture.
 
-    Then softmax((Q_R + omega' log pi) / alpha_hat), mixed with an exploring policy.  "uniform", the paper's: the uniform
-    one with weight min(1, |A| / log(1 + N)), which is 1 until N = 147 if there are five actions, so that log pi has no
-    say; "soft": with weight min(1, 1 / log(1 + N)); "prior": the prior with the first weight.
+    Of softmax((Q_R + omega' log pi) / alpha_hat) and the uniform policy, this with weight min(1, scale / log(1 + N)).
+    "uniform", the paper's, has scale |A|: with five actions weight 1 until N = 147, so that log pi has no say.  "soft"
+    has scale 1.
     """
-    prior = jnp.exp(log_prior)
-    soft = jax.nn.softmax((q + problem.omega_prime * log_prior) / problem.alpha_hat)
-    scale = 1 if kind == "soft" else len(q)
+    scale = len(q) if kind == "uniform" else 1
     weight = jnp.minimum(1.0, scale / jnp.log1p(jnp.maximum(visits, 1)))  # no division by log 1 = 0 at a new node
-    exploring = prior if kind == "prior" else 1 / len(q)
-    return jnp.where(visits > 1, weight * exploring + (1 - weight) * soft, prior)
+    soft = jax.nn.softmax((q + problem.omega_prime * log_prior) / problem.alpha_hat)
+    return jnp.where(visits > 1, weight / len(q) + (1 - weight) * soft, jnp.exp(log_prior))
 
 
 def sample(chances: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -257,7 +247,7 @@ def walk(kind: str, problem: Problem, tree: Tree, node: jax.Array, root: jax.Arr
 
     Returns (horizon,) each: the node, or the number of nodes when outside; the state; action; outcome; next state.
     """
-    end, nowhere = len(problem.addon) - 1, len(tree.value)
+    end, nowhere = len(problem.world.addon) - 1, len(tree.value)
 
     def step(carry, uniform):
         node, state = carry
@@ -281,7 +271,7 @@ def backup(problem: Problem, tree: Tree, nodes: jax.Array, states: jax.Array, ac
         children = tree.children[node, action]  # (outcomes,)
         seen = jnp.where(children < len(value), problem.world.chances[state, action], 0.0)
         mean = jnp.sum(seen * value[children]) / jnp.sum(seen)
-        row = q[node].at[action].set(problem.addon[state, action] + problem.world.gamma * mean)
+        row = q[node].at[action].set(problem.world.addon[state, action] + problem.world.gamma * mean)
         new = node_value(problem, row, problem.log_prior[state])
         return (q.at[node].set(row), value.at[node].set(new)), None
 
@@ -291,7 +281,7 @@ def backup(problem: Problem, tree: Tree, nodes: jax.Array, states: jax.Array, ac
 
 def simulate(kind: str, problem: Problem, horizon: int, root: jax.Array, key: jax.Array, i, tree: Tree) -> Tree:
     """Simulation i: a walk, its leaf as node i, and the backup; simulation 0 is a rollout, and makes the root."""
-    nowhere, end = len(tree.value), len(problem.addon) - 1
+    nowhere, end = len(tree.value), len(problem.world.addon) - 1
     uniforms = jax.random.uniform(jax.random.fold_in(key, i), (horizon, 2), jnp.float32)
     start = jnp.where(i > 0, 0, nowhere)
     nodes, states, actions, outcomes, after = walk(kind, problem, tree, start, root, uniforms)
@@ -303,8 +293,7 @@ def simulate(kind: str, problem: Problem, horizon: int, root: jax.Array, key: ja
     edge = jnp.where(depth > 0, nodes[depth - 1], nowhere), actions[depth - 1], outcomes[depth - 1]
     is_new = (depth == 0) | (tree.children[edge] == nowhere)
     leaf = jnp.where(is_new, i, nowhere)
-    prior_row = problem.log_prior[leaf_state]
-    q_row = leaf_value - (problem.omega_prime - problem.alpha_hat) * prior_row
+    q_row = leaf_value - (problem.omega_prime - problem.alpha_hat) * problem.log_prior[leaf_state]
     tree = tree._replace(
         children=tree.children.at[edge].min(leaf),
         q=tree.q.at[leaf].set(q_row),
@@ -316,18 +305,16 @@ def simulate(kind: str, problem: Problem, horizon: int, root: jax.Array, key: ja
 
 def search(kind: str, counts: tuple, horizon: int, problem: Problem, root: jax.Array, key: jax.Array) -> tuple:
     """Q_R at the root after each of counts simulations (counts, actions), and the tree (counts[-1] nodes)."""
-    (num_nodes, num_actions), zeros = (counts[-1], problem.addon.shape[1]), jnp.zeros_like(problem.world.gamma)
-    tree = Tree(
-        jnp.full((num_nodes, *problem.world.chances.shape[1:]), num_nodes, jnp.int32),
-        zeros + jnp.zeros((num_nodes, num_actions)),
-        zeros + jnp.zeros(num_nodes),
-        jnp.zeros(num_nodes, jnp.int32),
-    )
-    found = []
-    for start, stop in zip((0, *counts), counts, strict=False):
-        tree = lax.fori_loop(start, stop, partial(simulate, kind, problem, horizon, root, key), tree)
-        found.append(tree.q[0])
-    return jnp.stack(found), tree
+    shape, spans = (counts[-1], problem.world.addon.shape[1]), jnp.array([(0, *counts[:-1]), counts])
+    children = jnp.full((*shape, problem.world.chances.shape[2]), counts[-1], jnp.int32)
+    zeros = jnp.zeros(shape, problem.world.addon.dtype)
+    tree = Tree(children, zeros, zeros[:, 0], jnp.zeros(shape[0], jnp.int32))
+
+    def grow(tree, span):
+        tree = lax.fori_loop(*span, partial(simulate, kind, problem, horizon, root, key), tree)
+        return tree, tree.q[0]
+
+    return lax.scan(grow, tree, spans.T)[::-1]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -340,24 +327,24 @@ def plan(kind: str, counts: tuple, horizon: int, problem: Problem, roots: jax.Ar
 # ---------------------------------------------------------------------------- planned policies
 
 
-@functools.lru_cache
-def find_world(args: Args) -> World:
-    """The world that the flags name."""
-    return load_world(args.mdp) if args.mdp else road(args.gamma)
+@lru_cache
+def find_world(mdp: Path | None, gamma: float) -> World:
+    """That of a file, or the road."""
+    return load_world(mdp) if mdp else road(gamma)
 
 
-@functools.lru_cache
+@lru_cache
 def scores(args: Args, way: str, horizon: int | None = None, leaf: str = "residual") -> np.ndarray:
     """Q_R + omega' log pi, whose softmax at alpha_hat is the policy: (seeds, n, S + 1, actions).
 
-    way: a tree policy, a search at each state, n = counts; "exact", planning without error (horizon None: nor end), n = 1;
-    "unplanned", whose softmax is the prior, n = 1.  Searches, and the prior's errors if any, differ by seed.
+    way: a tree policy, a search at each state, n = counts; "exact", planning without error (horizon None: nor end);
+    "unplanned", whose softmax is the prior; for both n = 1.  Searches and errors of the prior differ by seed.
     """
-    world, found = find_world(args), []
+    world, found = find_world(args.mdp, args.gamma), []
     roots = jnp.arange(len(world.addon), dtype=jnp.int32)
     for seed, keys in enumerate(jax.random.split(jax.random.PRNGKey(args.seed), (args.num_seeds, len(roots)))):
         log_prior = make_prior(world, args.alpha, args.prior_error, (args.seed, seed))
-        problem = make_problem(world, world.addon, log_prior, args.omega_prime, args.alpha_hat, leaf)
+        problem = make_problem(world, log_prior, args.omega_prime, args.alpha_hat, leaf)
         if way == "unplanned":
             q = (args.alpha_hat - args.omega_prime) * log_prior[None]
         elif way == "exact":
@@ -368,40 +355,35 @@ def scores(args: Args, way: str, horizon: int | None = None, leaf: str = "residu
     return np.stack(found)
 
 
-def outcomes(args: Args, found: np.ndarray, best: bool) -> dict[str, np.ndarray]:
-    """What is measured, (seeds, n), of the policies of scores: samples of their softmax, or always the best action."""
-    flat = jnp.asarray(found).reshape(-1, *found.shape[2:])
-    policies = jax.nn.one_hot(flat.argmax(-1), flat.shape[-1]) if best else jax.nn.softmax(flat / args.alpha_hat)
-    sums = episodes(find_world(args), args.episode_length, policies)
-    return {name: np.reshape(x, found.shape[:2]) for name, x in sums.items()}
-
-
 # ------------------------------------------------------------------ pictures and command line
 
 
 def panels(args: Args, xlabel: str, x: tuple, found: dict[str, np.ndarray], best: bool = False) -> list[tuple]:
-    """A panel for each of what is measured, with a curve for each of the scores found; n = 1: a level line."""
-    measured = {label: outcomes(args, each, best) for label, each in found.items()}
-    names = next(iter(measured.values()))
-    return [(name, xlabel, name, {label: (x, each[name]) for label, each in measured.items()}) for name in names]
+    """A panel for each of what is measured, a curve for each of the scores found (n = 1: a level line); the policies
+    sample from the softmax, or always take the best action."""
+    world, measured = find_world(args.mdp, args.gamma), {}
+    for label, each in found.items():
+        flat = jnp.asarray(each).reshape(-1, *each.shape[2:])
+        policies = jax.nn.one_hot(flat.argmax(-1), flat.shape[-1]) if best else jax.nn.softmax(flat / args.alpha_hat)
+        measured[label] = episodes(world, EPISODE_LENGTH, policies)
+    curves = {
+        k: {label: (x, y[k].reshape(found[label].shape[:2])) for label, y in measured.items()} for k in world.measures
+    }
+    return [(name, xlabel, {}, each) for name, each in curves.items()]
 
 
 def level_lines(args: Args) -> dict[str, np.ndarray]:
-    """Scores of the prior, and of planning without error: of the wish with the prior, and of the wish alone."""
-    exact, greedy = scores(args, "exact"), scores(dataclasses.replace(args, omega_prime=0.0), "exact")
-    return {"prior": scores(args, "unplanned"), "exact optimum": exact, "greedy, exact": greedy}
+    """Scores of planning without error and with the exact prior, and with none."""
+    exact = dataclasses.replace(args, prior_error=0.0)
+    greedy = dataclasses.replace(exact, omega_prime=0.0)
+    return {"exact optimum": scores(exact, "exact"), "greedy, ω′ = 0": scores(greedy, "exact")}
 
 
 def simulations(args: Args, best: bool = False) -> list[tuple]:
-    """What the policies of searches bring, by the number of simulations; actions are sampled."""
-    found = {f"search, tree policy {kind}": scores(args, kind) for kind in TREE_POLICIES} | level_lines(args)
-    found["exact to the horizon"] = scores(args, "exact", args.horizon)
-    return panels(args, "simulations", args.num_simulations, found, best)
-
-
-def best_actions(args: Args) -> list[tuple]:
-    """The same where always the best action is taken."""
-    return simulations(args, best=True)
+    """What the policies of searches bring, by the number of simulations; actions are sampled, or the best."""
+    found = {f"search, {kind} tree policy": scores(args, kind) for kind in TREE_POLICIES}
+    found |= level_lines(args) | {"exact to the horizon": scores(args, "exact", args.horizon)}
+    return panels(args, "simulations", args.num_simulations, found | {"prior": scores(args, "unplanned")}, best)
 
 
 def errors(args: Args) -> list[tuple]:
@@ -412,40 +394,29 @@ def errors(args: Args) -> list[tuple]:
         return args.num_simulations, np.sqrt((gap**2).mean((2, 3)))
 
     apart = dataclasses.replace(args, omega_prime=3 * args.alpha, alpha_hat=args.alpha / 3)
-    kinds = {f"tree policy {kind}": curve(args, kind) for kind in TREE_POLICIES}
-    leaves = {"r_R + (ω′ − α̂) log π": curve(apart, "soft"), "r_R alone": curve(apart, "soft", "addon")}
-    x, y = "simulations", "RMS error of Q_R, in reward"
-    return [("by tree policy", x, y, kinds), ("by rollout, ω′ = 3 α, α̂ = α / 3", x, y, leaves)]
+    kinds = {f"{kind} tree policy": curve(args, kind) for kind in TREE_POLICIES}
+    leaves = {f"rollout of {x}": curve(apart, "soft", x) for x in ("addon", "residual")}
+    style = {"ylabel": "RMS error of Q_R, in reward", "yscale": "log"}
+    first, last = f"ω′ = {args.omega_prime:g}, α̂ = {args.alpha_hat:g}", "ω′ = 3 α, α̂ = α / 3"
+    return [(first, "simulations", style, kinds), (last, "simulations", style, leaves)]
 
 
 def wrong_prior(args: Args) -> list[tuple]:
     """What errors of the prior do to it, to planning with it, and with half its weight; actions are sampled."""
     count = args.num_simulations[len(args.num_simulations) // 2]
-    each = [dataclasses.replace(args, num_simulations=(count,), prior_error=x) for x in args.prior_errors]
-    halves = [dataclasses.replace(x, omega_prime=x.omega_prime / 2) for x in each]
-    ways = {"the prior": (each, "unplanned"), f"search, {count} simulations": (each, "soft")}
-    ways |= {"planning with it, exact": (each, "exact"), "the same with ω′ / 2": (halves, "exact")}
-    found = {label: np.concatenate([scores(x, way) for x in all_], 1) for label, (all_, way) in ways.items()}
-    return panels(args, "standard deviation of the prior's errors", args.prior_errors, found | level_lines(args))
-
-
-def draw_panel(axes, title: str, xlabel: str, ylabel: str, curves: dict) -> list[tuple]:
-    """Draw means over seeds of curves {label: (x, y (seeds, n))}, from lowest to highest a band; the rows of its CSV."""
-    rows = []
-    for i, (label, (x, y)) in enumerate(curves.items()):
-        low, mean, high = (np.broadcast_to(of(y, 0), len(x)) for of in (np.min, np.mean, np.max))
-        axes.plot(x, mean, "--" if y.shape[1] < len(x) else "o-", color=f"C{i}", markersize=4, label=label)
-        axes.fill_between(x, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
-        rows += [(title, label, *(f"{value:.5g}" for value in row)) for row in zip(x, mean, low, high, strict=True)]
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if xlabel == "simulations" else "linear")
-    axes.legend(fontsize=7)
-    return rows
+    full = [dataclasses.replace(args, num_simulations=(count,), prior_error=x) for x in args.prior_errors]
+    half = [dataclasses.replace(x, omega_prime=x.omega_prime / 2) for x in full]
+    ways = {f"search, {count} simulations": (full, "soft"), "planning without error": (full, "exact")}
+    ways |= {"the same, half of ω′": (half, "exact"), "the prior": (full, "unplanned")}
+    found = {label: np.concatenate([scores(x, way) for x in each], 1) for label, (each, way) in ways.items()}
+    return panels(args, "the prior's errors, in reward", args.prior_errors, found | level_lines(args))
 
 
 BOUNDS = {"gamma": (0, 0.9999), "seed": (0, 2**31)} | dict.fromkeys(("alpha", "alpha_hat"), (1e-6, 1e6))
-BOUNDS |= dict.fromkeys(("num_simulations", "horizon", "num_seeds", "episode_length"), (1, 1e5))
-TREE_POLICIES = ("uniform", "soft", "prior")
-FIGURES = {x.__name__: x for x in (simulations, best_actions, errors, wrong_prior)}
+BOUNDS |= dict.fromkeys(("num_simulations", "horizon", "num_seeds"), (1, 1e5))
+TREE_POLICIES, EPISODE_LENGTH = ("uniform", "soft"), 40
+FIGURES = {"simulations": simulations, "best_actions": partial(simulations, best=True)}
+FIGURES |= {"errors": errors, "wrong_prior": wrong_prior}
 
 
 class BadInput(Exception):
@@ -460,20 +431,36 @@ def checked(args: Args) -> Args:
         for x in value if isinstance(value, tuple) else (value,):
             if isinstance(x, int | float) and not low <= x <= high:
                 raise BadInput(f"--{name.replace('_', '-')} is {x}; it must be from {low:g} to {high:g}")
-    if (
-        not args.prior_errors
-        or not args.num_simulations
-        or list(args.num_simulations) != sorted(set(args.num_simulations))
-    ):
+    counts = args.num_simulations
+    if not (args.prior_errors and counts) or list(counts) != sorted(set(counts)):
         raise BadInput("--num-simulations must ascend, and it and --prior-errors must each have a value")
     return args
+
+
+def write_picture(path: Path, panels: list[tuple]) -> None:
+    """Draw means over seeds of curves {label: (x, y (seeds, n))}, from lowest to highest a band; the same as CSV."""
+    figure = matplotlib.figure.Figure(figsize=(4.2 * len(panels) + 2, 3.8), layout="constrained")
+    labels = list(dict.fromkeys(label for *_, curves in panels for label in curves))
+    lines, rows = {}, [("panel", "curve", "x", "mean", "lowest", "highest")]
+    for axes, (title, xlabel, style, curves) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for label, (x, y) in curves.items():
+            low, mean, high = (np.broadcast_to(of(y, 0), len(x)) for of in (np.min, np.mean, np.max))
+            color, dashes = f"C{labels.index(label)}", "--" if y.shape[1] < len(x) else "-"
+            (lines[label],) = axes.plot(x, mean, dashes, color=color)
+            axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+            rows += [(title, label, *(f"{value:.5g}" for value in row)) for row in zip(x, mean, low, high, strict=True)]
+        axes.set(title=title, xlabel=xlabel, xscale="log" if xlabel == "simulations" else "linear", **style)
+    figure.legend(lines.values(), lines, loc="outside right center", fontsize=9)
+    figure.savefig(path, dpi=90)
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
 
 
 def main(args: Args) -> None:
     """Make the pictures, each with its CSV."""
     args = checked(args)
     with jax.enable_x64(True):
-        find_world(args)
+        find_world(args.mdp, args.gamma)
         world = args.mdp.stem if args.mdp else "road"
         run_dir = args.runs_dir / f"{world}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}"
         try:
@@ -482,14 +469,7 @@ def main(args: Args) -> None:
             raise BadInput(f"cannot write to {run_dir}: {error.strerror}; choose another --runs-dir") from None
         (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2, default=str))
         for name in rich.progress.track(FIGURES, f"pictures in {run_dir}"):
-            made = FIGURES[name](args)
-            figure = matplotlib.figure.Figure(figsize=(4.8 * len(made), 4), layout="constrained")
-            rows = [("panel", "curve", "x", "mean", "lowest", "highest")]
-            for axes, panel in zip(figure.subplots(1, len(made), squeeze=False)[0], made, strict=True):
-                rows += draw_panel(axes, *panel)
-            figure.savefig(run_dir / f"{name}.png", dpi=90)
-            with (run_dir / f"{name}.csv").open("w", newline="") as file:
-                csv.writer(file).writerows(rows)
+            write_picture(run_dir / f"{name}.png", FIGURES[name](args))
 
 
 def stop(message: str, exit_code: int) -> None:
@@ -502,9 +482,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: stop("SIGTERM", 128 + signal.SIGTERM))
     try:
         main(tyro.cli(Args, description=__doc__))
-    except BadInput as error:
-        stop(str(error), 2)
-    except OSError as error:  # as of a full disk
-        stop(str(error), 1)
+    except (BadInput, OSError) as error:  # as of a full disk
+        stop(str(error), 2 if isinstance(error, BadInput) else 1)
     except KeyboardInterrupt:
         stop("interrupted", 130)
