@@ -9,22 +9,16 @@ Residual Q-Learning's "zero-shot" algorithm (arXiv 2306.09526), discrete actions
     V(s) = alpha_hat log sum_a exp((Q_R(s, a) + omega' log pi(a|s)) / alpha_hat),  Q_R(s, a) = r_R + gamma E[V(s')],
 
 pi the prior, r_R the add-on reward; the basic reward is not used.  A simulation walks down the tree, adds a node where
-it leaves it, values this leaf by one rollout of the prior, and backs the values up.
-
-The value of a leaf.  The objective is the sum of r_R + omega' log pi - alpha_hat log pi_theta.  Whoever acts as the
-prior from the leaf on, pi_theta = pi, earns
+it leaves it, values this leaf by one rollout of the prior, and backs the values up.  Whoever acts as the prior from the
+leaf on earns, of r_R + omega' log pi - alpha_hat log pi_theta,
 
     V_pi(s) = E_pi[sum_t gamma^t (r_R + (omega' - alpha_hat) log pi(a_t|s_t))] <= V(s).
 
-So the paper's rollout of r_R alone is right where omega' = alpha_hat, its own setting; elsewhere it lacks a multiple of
-the prior's entropy.  An action not yet tried at a node of value v counts as Q_R = v - (omega' - alpha_hat) log pi(a|s):
-with these the formula above gives V = v, and the prior as policy.  With all nodes to the horizon in the tree, no
-rollout is left, and values are exact.  A short horizon cuts off r_R alone: as alpha log pi = r + gamma E[V*(s')] -
-V*(s), log pi carries the future of the prior's own task.
-
-    python residual_q_learning/residual_mcts.py
-
-In this order: flags; worlds; exact answers; tree search; planned policies; pictures and command line.
+So the paper's rollout of r_R alone is right where omega' = alpha_hat, its own setting.  An action not yet tried at a
+node of value v counts as Q_R = v - (omega' - alpha_hat) log pi(a|s), which gives V = v, and the prior as policy.  With
+all nodes to the horizon in the tree, no rollout is left, and values are exact.  A short horizon cuts off r_R alone: log
+pi = (r + gamma E[V*(s')] - V*(s)) / alpha carries the future of the prior's own task.  In this order: flags; worlds;
+exact answers; tree search; planned policies; pictures and command line.
 """
 
 import csv
@@ -82,24 +76,21 @@ class World(NamedTuple):
 
     successors: jax.Array  # (S + 1, actions, outcomes), the next state
     chances: jax.Array  # (S + 1, actions, outcomes), of each
+    gamma: jax.Array  # ()
     reward: jax.Array  # (S + 1, actions), r, for the prior alone
     addon: jax.Array  # (S + 1, actions), r_R
-    gamma: jax.Array  # ()
     start: jax.Array  # (S + 1,), chances
     measures: dict[str, jax.Array]  # (S + 1, actions), summed over an episode; a mean is per step
 
 
-def make_world(transition, reward, addon, gamma, start, measures: dict) -> World:
+def make_world(transition, gamma, *tables) -> World:
     """The world of arrays without the end, to which goes what rows of transition (S, actions, S) lack to 1."""
     end = 1 - transition.sum(-1, keepdims=True)
     chances = np.pad(np.concatenate([transition, np.where(end > 1e-6, end, 0)], -1), ((0, 1), (0, 0), (0, 0)))
     chances[-1, :, -1] = 1
     order = np.argsort(-chances, axis=-1, kind="stable")[..., : (chances > 0).sum(-1).max()].astype(np.int32)
-    start, *tables = (np.pad(x, ((0, 1), (0, 0))[: x.ndim]) for x in (start, reward, addon, *measures.values()))
-    tables, measures = tables[:2], dict(zip(measures, tables[2:], strict=True))
-    return jax.tree.map(
-        jnp.asarray, World(order, np.take_along_axis(chances, order, -1), *tables, gamma, start, measures)
-    )
+    tables = jax.tree.map(lambda x: np.pad(x, ((0, 1), (0, 0))[: x.ndim]), tables)
+    return jax.tree.map(jnp.asarray, World(order, np.take_along_axis(chances, order, -1), gamma, *tables))
 
 
 def road(gamma: float, num_cells: int = 5, brake_chance: float = 0.2) -> World:
@@ -127,11 +118,14 @@ def road(gamma: float, num_cells: int = 5, brake_chance: float = 0.2) -> World:
     basic, addon = 1 + 0.2 * speeds - 0.5 * crash, 0.25 * lanes
     start = (speed == 1) & (cars[lane, states] > 0)
     measures = {"total": basic + addon, "crashes": crash, "mean lane": lanes}
-    return make_world(transition, basic, addon, gamma, start / start.sum(), measures)
+    return make_world(transition, gamma, basic, addon, start / start.sum(), measures)
 
 
-def load_world(path: Path) -> World:
-    """The world of --mdp, where all states can be the first; BadInput if it is none."""
+@lru_cache
+def find_world(path: Path | None, gamma: float) -> World:
+    """The road, or the world of --mdp, where all states can be the first; BadInput if it is none."""
+    if path is None:
+        return road(gamma)
     try:
         with np.load(path, allow_pickle=False) as file:
             transition, reward, addon, gamma = (np.asarray(file[x], np.float64) for x in ("P", "r", "r_R", "gamma"))
@@ -144,7 +138,7 @@ def load_world(path: Path) -> World:
     except Exception as error:  # a damaged archive can raise nearly anything
         raise BadInput(f"--mdp {path} cannot be used: {' '.join(str(error).split())}") from None
     measures = {"total": reward + addon, "basic": reward, "add-on": addon}
-    return make_world(transition, reward, addon, gamma, np.full(len(reward), 1 / len(reward)), measures)
+    return make_world(transition, gamma, reward, addon, np.full(len(reward), 1 / len(reward)), measures)
 
 
 # ------------------------------------------------------------------------------ exact answers
@@ -154,16 +148,10 @@ class Problem(NamedTuple):
     """What to plan for in a world."""
 
     world: World
-    log_prior: jax.Array  # (S + 1, actions)
-    omega_prime: jax.Array  # ()
-    alpha_hat: jax.Array  # ()
-    leaf_reward: jax.Array  # (S + 1, actions), what a rollout sums
-
-
-def make_problem(world: World, log_prior, omega_prime, alpha_hat, leaf: str = "residual") -> Problem:
-    """leaf: rollouts sum "residual", r_R + (omega' - alpha_hat) log pi, or "addon", r_R alone."""
-    extra = (omega_prime - alpha_hat) * log_prior.at[-1].set(0) if leaf == "residual" else 0
-    return Problem(world, log_prior, jnp.asarray(omega_prime), jnp.asarray(alpha_hat), world.addon + extra)
+    log_prior: jax.Array  # (S + 1, actions), 0 at the end
+    omega_prime: float
+    alpha_hat: float
+    leaf_weight: float  # of log pi in rollouts: omega' - alpha_hat, or the paper's 0
 
 
 def node_value(problem: Problem, q: jax.Array, log_prior: jax.Array) -> jax.Array:
@@ -171,28 +159,24 @@ def node_value(problem: Problem, q: jax.Array, log_prior: jax.Array) -> jax.Arra
     return problem.alpha_hat * jax.nn.logsumexp((q + problem.omega_prime * log_prior) / problem.alpha_hat, axis=-1)
 
 
-@partial(jax.jit, static_argnums=1)
-def residual_q(problem: Problem, horizon: int) -> jax.Array:
-    """Q_R (S + 1, actions) where all ends after horizon steps, by value iteration: what the search estimates."""
+@jax.jit
+def residual_q(problem: Problem, horizon: float = np.inf) -> jax.Array:
+    """Q_R (S + 1, actions) by value iteration, where all ends after horizon steps, or where gamma^t is below 1e-12."""
     world = problem.world
 
-    def iterate(_, q):
+    def iterate(carry):
+        i, q = carry
         value = node_value(problem, q, problem.log_prior).at[-1].set(0)
-        return world.addon + world.gamma * jnp.sum(world.chances * value[world.successors], axis=-1)
+        return i + 1, world.addon + world.gamma * jnp.sum(world.chances * value[world.successors], axis=-1)
 
-    return lax.fori_loop(1, horizon, iterate, world.addon)
-
-
-def endless(gamma: float) -> int:
-    """A horizon at which what is cut off has a weight below 1e-12."""
-    return 1 + int(np.ceil(np.log(1e-12) / np.log(np.clip(gamma, 1e-6, 1 - 1e-6))))
+    return lax.while_loop(lambda x: (x[0] < horizon) & (world.gamma ** x[0] > 1e-12), iterate, (1, world.addon))[1]
 
 
 def make_prior(world: World, alpha: float, error: float, seed: tuple[int, ...]) -> jax.Array:
     """log pi (S + 1, actions), soft-optimal for r at alpha but for normal errors of its action values."""
-    basic = make_problem(world._replace(addon=world.reward), jnp.zeros_like(world.reward), 0.0, alpha)
-    noise = np.random.default_rng(seed).normal(size=world.reward.shape)
-    return jax.nn.log_softmax((residual_q(basic, endless(world.gamma)) + error * noise) / alpha)
+    basic = Problem(world._replace(addon=world.reward), jnp.zeros_like(world.reward), 0.0, alpha, 0.0)
+    noise = error * np.random.default_rng(seed).normal(size=world.reward.shape)
+    return jax.nn.log_softmax((residual_q(basic) + noise) / alpha).at[-1].set(0)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -224,12 +208,9 @@ class Tree(NamedTuple):
 
 
 def mixture(kind: str, problem: Problem, log_prior: jax.Array, q: jax.Array, visits: jax.Array) -> jax.Array:
-    """Probabilities (actions,) with which a walk goes on at a node: the first time the prior's, then a mixture.
-
-    Of softmax((Q_R + omega' log pi) / alpha_hat) and the uniform policy, this with weight min(1, scale / log(1 + N)).
-    "uniform", the paper's, has scale |A|: with five actions weight 1 until N = 147, so that log pi has no say.  "soft"
-    has scale 1.
-    """
+    """Probabilities (actions,) with which a walk goes on at a node: the first time the prior's, then a mixture of
+    softmax((Q_R + omega' log pi) / alpha_hat) and the uniform policy, this with weight min(1, scale / log(1 + N)).
+    "uniform", the paper's, has scale |A|: for |A| = 5 it is uniform until N = 147, log pi has no say.  "soft" has 1."""
     scale = len(q) if kind == "uniform" else 1
     weight = jnp.minimum(1.0, scale / jnp.log1p(jnp.maximum(visits, 1)))  # no division by log 1 = 0 at a new node
     soft = jax.nn.softmax((q + problem.omega_prime * log_prior) / problem.alpha_hat)
@@ -272,8 +253,7 @@ def backup(problem: Problem, tree: Tree, nodes: jax.Array, states: jax.Array, ac
         seen = jnp.where(children < len(value), problem.world.chances[state, action], 0.0)
         mean = jnp.sum(seen * value[children]) / jnp.sum(seen)
         row = q[node].at[action].set(problem.world.addon[state, action] + problem.world.gamma * mean)
-        new = node_value(problem, row, problem.log_prior[state])
-        return (q.at[node].set(row), value.at[node].set(new)), None
+        return (q.at[node].set(row), value.at[node].set(node_value(problem, row, problem.log_prior[state]))), None
 
     (q, value), _ = lax.scan(step, (tree.q, tree.value), (nodes, states, actions), reverse=True)
     return tree._replace(q=q, value=value, visits=tree.visits.at[nodes].add(1))
@@ -283,16 +263,14 @@ def simulate(kind: str, problem: Problem, horizon: int, root: jax.Array, key: ja
     """Simulation i: a walk, its leaf as node i, and the backup; simulation 0 is a rollout, and makes the root."""
     nowhere, end = len(tree.value), len(problem.world.addon) - 1
     uniforms = jax.random.uniform(jax.random.fold_in(key, i), (horizon, 2), jnp.float32)
-    start = jnp.where(i > 0, 0, nowhere)
-    nodes, states, actions, outcomes, after = walk(kind, problem, tree, start, root, uniforms)
+    nodes, states, actions, outcomes, after = walk(kind, problem, tree, jnp.where(i > 0, 0, nowhere), root, uniforms)
     depth = jnp.sum(nodes < nowhere)  # of the leaf
     time_left = jnp.arange(horizon) - depth
-    rewards = problem.leaf_reward[states, actions]
+    rewards = problem.world.addon[states, actions] + problem.leaf_weight * problem.log_prior[states, actions]
     leaf_value = jnp.sum(jnp.where(time_left >= 0, problem.world.gamma**time_left * rewards, 0.0))
     leaf_state = jnp.where(depth > 0, after[depth - 1], root)
     edge = jnp.where(depth > 0, nodes[depth - 1], nowhere), actions[depth - 1], outcomes[depth - 1]
-    is_new = (depth == 0) | (tree.children[edge] == nowhere)
-    leaf = jnp.where(is_new, i, nowhere)
+    leaf = jnp.where((depth == 0) | (tree.children[edge] == nowhere), i, nowhere)
     q_row = leaf_value - (problem.omega_prime - problem.alpha_hat) * problem.log_prior[leaf_state]
     tree = tree._replace(
         children=tree.children.at[edge].min(leaf),
@@ -305,16 +283,16 @@ def simulate(kind: str, problem: Problem, horizon: int, root: jax.Array, key: ja
 
 def search(kind: str, counts: tuple, horizon: int, problem: Problem, root: jax.Array, key: jax.Array) -> tuple:
     """Q_R at the root after each of counts simulations (counts, actions), and the tree (counts[-1] nodes)."""
-    shape, spans = (counts[-1], problem.world.addon.shape[1]), jnp.array([(0, *counts[:-1]), counts])
+    shape = counts[-1], problem.world.addon.shape[1]
     children = jnp.full((*shape, problem.world.chances.shape[2]), counts[-1], jnp.int32)
     zeros = jnp.zeros(shape, problem.world.addon.dtype)
-    tree = Tree(children, zeros, zeros[:, 0], jnp.zeros(shape[0], jnp.int32))
+    tree = Tree(children, zeros, zeros[:, 0], children[:, 0, 0] * 0)
 
     def grow(tree, span):
         tree = lax.fori_loop(*span, partial(simulate, kind, problem, horizon, root, key), tree)
         return tree, tree.q[0]
 
-    return lax.scan(grow, tree, spans.T)[::-1]
+    return lax.scan(grow, tree, jnp.array([(0, *counts[:-1]), counts], jnp.int32).T)[::-1]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -328,27 +306,21 @@ def plan(kind: str, counts: tuple, horizon: int, problem: Problem, roots: jax.Ar
 
 
 @lru_cache
-def find_world(mdp: Path | None, gamma: float) -> World:
-    """That of a file, or the road."""
-    return load_world(mdp) if mdp else road(gamma)
-
-
-@lru_cache
-def scores(args: Args, way: str, horizon: int | None = None, leaf: str = "residual") -> np.ndarray:
+def scores(args: Args, way: str, horizon: float = np.inf, alone: bool = False) -> np.ndarray:
     """Q_R + omega' log pi, whose softmax at alpha_hat is the policy: (seeds, n, S + 1, actions).
 
-    way: a tree policy, a search at each state, n = counts; "exact", planning without error (horizon None: nor end);
-    "unplanned", whose softmax is the prior; for both n = 1.  Searches and errors of the prior differ by seed.
-    """
+    way: a tree policy, for a search at each state, n = counts; "exact", n = 1; "unplanned", which is the prior, n = 1.
+    alone: rollouts sum r_R alone."""
     world, found = find_world(args.mdp, args.gamma), []
     roots = jnp.arange(len(world.addon), dtype=jnp.int32)
     for seed, keys in enumerate(jax.random.split(jax.random.PRNGKey(args.seed), (args.num_seeds, len(roots)))):
         log_prior = make_prior(world, args.alpha, args.prior_error, (args.seed, seed))
-        problem = make_problem(world, log_prior, args.omega_prime, args.alpha_hat, leaf)
+        leaf_weight = 0.0 if alone else args.omega_prime - args.alpha_hat
+        problem = Problem(world, log_prior, args.omega_prime, args.alpha_hat, leaf_weight)
         if way == "unplanned":
             q = (args.alpha_hat - args.omega_prime) * log_prior[None]
         elif way == "exact":
-            q = residual_q(problem, horizon or endless(world.gamma))[None]
+            q = residual_q(problem, horizon)[None]
         else:
             q = jnp.moveaxis(plan(way, args.num_simulations, args.horizon, problem, roots, keys), 1, 0)
         found.append(np.asarray(q + args.omega_prime * log_prior))
@@ -358,47 +330,39 @@ def scores(args: Args, way: str, horizon: int | None = None, leaf: str = "residu
 # ------------------------------------------------------------------ pictures and command line
 
 
-def panels(args: Args, xlabel: str, x: tuple, found: dict[str, np.ndarray], best: bool = False) -> list[tuple]:
+def panels(args: Args, style: dict, x: tuple, found: dict[str, np.ndarray], best: bool = False) -> list[tuple]:
     """A panel for each of what is measured, a curve for each of the scores found (n = 1: a level line); the policies
     sample from the softmax, or always take the best action."""
-    world, measured = find_world(args.mdp, args.gamma), {}
-    for label, each in found.items():
+    world, exact, curves = find_world(args.mdp, args.gamma), dataclasses.replace(args, prior_error=0.0), {}
+    greedy = scores(dataclasses.replace(exact, omega_prime=0.0), "exact")
+    for label, each in (found | {"exact optimum": scores(exact, "exact"), "greedy, ω′ = 0": greedy}).items():
         flat = jnp.asarray(each).reshape(-1, *each.shape[2:])
         policies = jax.nn.one_hot(flat.argmax(-1), flat.shape[-1]) if best else jax.nn.softmax(flat / args.alpha_hat)
-        measured[label] = episodes(world, EPISODE_LENGTH, policies)
-    curves = {
-        k: {label: (x, y[k].reshape(found[label].shape[:2])) for label, y in measured.items()} for k in world.measures
-    }
-    return [(name, xlabel, {}, each) for name, each in curves.items()]
-
-
-def level_lines(args: Args) -> dict[str, np.ndarray]:
-    """Scores of planning without error and with the exact prior, and with none."""
-    exact = dataclasses.replace(args, prior_error=0.0)
-    greedy = dataclasses.replace(exact, omega_prime=0.0)
-    return {"exact optimum": scores(exact, "exact"), "greedy, ω′ = 0": scores(greedy, "exact")}
+        for name, y in episodes(world, EPISODE_LENGTH, policies).items():
+            curves.setdefault(name, {})[label] = x, y.reshape(each.shape[:2])
+    return [(name, style, curves[name]) for name in world.measures]
 
 
 def simulations(args: Args, best: bool = False) -> list[tuple]:
     """What the policies of searches bring, by the number of simulations; actions are sampled, or the best."""
     found = {f"search, {kind} tree policy": scores(args, kind) for kind in TREE_POLICIES}
-    found |= level_lines(args) | {"exact to the horizon": scores(args, "exact", args.horizon)}
-    return panels(args, "simulations", args.num_simulations, found | {"prior": scores(args, "unplanned")}, best)
+    found |= {"exact to the horizon": scores(args, "exact", args.horizon), "prior": scores(args, "unplanned")}
+    return panels(args, SIMULATIONS, args.num_simulations, found, best)
 
 
 def errors(args: Args) -> list[tuple]:
-    """Errors of the searches' Q_R: by tree policy, and by what a leaf is worth where omega' is not alpha_hat."""
+    """Errors of the searches' Q_R: by tree policy, and by what rollouts sum where omega' is not alpha_hat."""
 
-    def curve(args, kind, leaf="residual"):
-        gap = (scores(args, kind, leaf=leaf) - scores(args, "exact", args.horizon))[:, :, :-1]
+    def curve(args, kind, alone=False):
+        gap = (scores(args, kind, alone=alone) - scores(args, "exact", args.horizon))[:, :, :-1]
         return args.num_simulations, np.sqrt((gap**2).mean((2, 3)))
 
     apart = dataclasses.replace(args, omega_prime=3 * args.alpha, alpha_hat=args.alpha / 3)
     kinds = {f"{kind} tree policy": curve(args, kind) for kind in TREE_POLICIES}
-    leaves = {f"rollout of {x}": curve(apart, "soft", x) for x in ("addon", "residual")}
-    style = {"ylabel": "RMS error of Q_R, in reward", "yscale": "log"}
-    first, last = f"ω′ = {args.omega_prime:g}, α̂ = {args.alpha_hat:g}", "ω′ = 3 α, α̂ = α / 3"
-    return [(first, "simulations", style, kinds), (last, "simulations", style, leaves)]
+    leaves = {"rollouts of r_R alone": curve(apart, "soft", True), "of r_R + (ω′ − α̂) log π": curve(apart, "soft")}
+    style = SIMULATIONS | {"ylabel": "RMS error of Q_R, in reward", "yscale": "log"}
+    title = f"ω′ = {args.omega_prime:g}, α̂ = {args.alpha_hat:g}"
+    return [(title, style, kinds), ("ω′ = 3 α, α̂ = α / 3", style, leaves)]
 
 
 def wrong_prior(args: Args) -> list[tuple]:
@@ -409,11 +373,12 @@ def wrong_prior(args: Args) -> list[tuple]:
     ways = {f"search, {count} simulations": (full, "soft"), "planning without error": (full, "exact")}
     ways |= {"the same, half of ω′": (half, "exact"), "the prior": (full, "unplanned")}
     found = {label: np.concatenate([scores(x, way) for x in each], 1) for label, (each, way) in ways.items()}
-    return panels(args, "the prior's errors, in reward", args.prior_errors, found | level_lines(args))
+    return panels(args, {"xlabel": "the prior's errors, in reward"}, args.prior_errors, found)
 
 
 BOUNDS = {"gamma": (0, 0.9999), "seed": (0, 2**31)} | dict.fromkeys(("alpha", "alpha_hat"), (1e-6, 1e6))
 BOUNDS |= dict.fromkeys(("num_simulations", "horizon", "num_seeds"), (1, 1e5))
+SIMULATIONS = {"xlabel": "simulations", "xscale": "log"}
 TREE_POLICIES, EPISODE_LENGTH = ("uniform", "soft"), 40
 FIGURES = {"simulations": simulations, "best_actions": partial(simulations, best=True)}
 FIGURES |= {"errors": errors, "wrong_prior": wrong_prior}
@@ -427,29 +392,27 @@ def checked(args: Args) -> Args:
     """The arguments, omega' and alpha_hat filled in; BadInput if they cannot work."""
     filled = {x: args.alpha for x in ("omega_prime", "alpha_hat") if getattr(args, x) is None}
     for name, value in vars(args := dataclasses.replace(args, **filled)).items():
-        low, high = BOUNDS.get(name, (0, 1e6))
-        for x in value if isinstance(value, tuple) else (value,):
+        (low, high), flag = BOUNDS.get(name, (0, 1e6)), f"--{name.replace('_', '-')}"
+        for x in value or (np.nan,) if isinstance(value, tuple) else (value,):
             if isinstance(x, int | float) and not low <= x <= high:
-                raise BadInput(f"--{name.replace('_', '-')} is {x}; it must be from {low:g} to {high:g}")
-    counts = args.num_simulations
-    if not (args.prior_errors and counts) or list(counts) != sorted(set(counts)):
-        raise BadInput("--num-simulations must ascend, and it and --prior-errors must each have a value")
+                raise BadInput(f"{flag} is {value}; it must be from {low:g} to {high:g}")
+    if list(args.num_simulations) != sorted(set(args.num_simulations)):
+        raise BadInput(f"--num-simulations is {args.num_simulations}; it must ascend")
     return args
 
 
 def write_picture(path: Path, panels: list[tuple]) -> None:
     """Draw means over seeds of curves {label: (x, y (seeds, n))}, from lowest to highest a band; the same as CSV."""
     figure = matplotlib.figure.Figure(figsize=(4.2 * len(panels) + 2, 3.8), layout="constrained")
-    labels = list(dict.fromkeys(label for *_, curves in panels for label in curves))
-    lines, rows = {}, [("panel", "curve", "x", "mean", "lowest", "highest")]
-    for axes, (title, xlabel, style, curves) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    lines, colors, rows = {}, {}, [("panel", "curve", "x", "mean", "lowest", "highest")]
+    for axes, (title, style, curves) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for label, (x, y) in curves.items():
             low, mean, high = (np.broadcast_to(of(y, 0), len(x)) for of in (np.min, np.mean, np.max))
-            color, dashes = f"C{labels.index(label)}", "--" if y.shape[1] < len(x) else "-"
-            (lines[label],) = axes.plot(x, mean, dashes, color=color)
+            color = colors.setdefault(label, f"C{len(colors)}")
+            (lines[label],) = axes.plot(x, mean, "--" if y.shape[1] < len(x) else "-", color=color)
             axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
             rows += [(title, label, *(f"{value:.5g}" for value in row)) for row in zip(x, mean, low, high, strict=True)]
-        axes.set(title=title, xlabel=xlabel, xscale="log" if xlabel == "simulations" else "linear", **style)
+        axes.set(title=title, **style)
     figure.legend(lines.values(), lines, loc="outside right center", fontsize=9)
     figure.savefig(path, dpi=90)
     with path.with_suffix(".csv").open("w", newline="") as file:
@@ -461,10 +424,9 @@ def main(args: Args) -> None:
     args = checked(args)
     with jax.enable_x64(True):
         find_world(args.mdp, args.gamma)
-        world = args.mdp.stem if args.mdp else "road"
-        run_dir = args.runs_dir / f"{world}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}"
+        name = f"{args.mdp.stem if args.mdp else 'road'}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}"
         try:
-            run_dir.mkdir(parents=True)
+            (run_dir := args.runs_dir / name).mkdir(parents=True)
         except OSError as error:
             raise BadInput(f"cannot write to {run_dir}: {error.strerror}; choose another --runs-dir") from None
         (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2, default=str))
