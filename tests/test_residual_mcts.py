@@ -16,7 +16,7 @@ from conftest import ROOT, script_path
 
 import residual_mcts as mcts
 
-COUNTS = (8, 40, 3000)
+COUNTS = (4, 40, 6000)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def problem(like: mcts.World, log_prior, omega_prime=0.3, alpha_hat=0.3) -> mcts
     return mcts.Problem(like, log_prior, omega_prime, alpha_hat, omega_prime - alpha_hat)
 
 
-def searched(kind, given: mcts.Problem, horizon=3, counts=COUNTS, seed=0) -> np.ndarray:
+def searched(kind, given: mcts.Problem, horizon=2, counts=COUNTS, seed=0) -> np.ndarray:
     """Q_R of a search at each state but the end, (states, counts, actions)."""
     roots = jnp.arange(len(given.world.addon) - 1, dtype=jnp.int32)
     keys = jax.random.split(jax.random.PRNGKey(seed), len(roots))
@@ -106,13 +106,13 @@ def test_planning_to_a_horizon_is_the_soft_optimum_of_so_many_steps():
 
 
 @pytest.mark.parametrize("kind", mcts.TREE_POLICIES)
-@pytest.mark.parametrize(("omega_prime", "alpha_hat"), [(0.3, 0.3), (0.6, 0.2), (0.0, 0.4)])
+@pytest.mark.parametrize(("omega_prime", "alpha_hat"), [(0.3, 0.3), (0.5, 0.25), (0.0, 0.4)])
 @pytest.mark.parametrize("ends", [0.0, 0.5])
 def test_search_of_full_width_to_the_horizon_is_exact(kind, omega_prime, alpha_hat, ends):
     """To 1e-8, for any weights, with and without ends; and before it is full, it is not."""
     given = world(ends)
     given = problem(given, some_prior(given), omega_prime, alpha_hat)
-    exact = np.asarray(mcts.residual_q(given, 3))[:-1, None]
+    exact = np.asarray(mcts.residual_q(given, 2))[:-1, None]
     error = np.abs(searched(kind, given) - exact).max((0, 2))
     assert error[-1] < 1e-8
     assert error[0] > 0.01
@@ -126,7 +126,7 @@ def test_search_with_full_width_and_the_horizon_of_the_world_is_the_soft_optimum
         transition[s, a, 2 * (s // 2 + 1) :][:2] = rng.dirichlet([1, 1])
     given = mcts.make_world(transition, gamma, *reward, np.full(6, 1 / 6), {})
     log_prior = mcts.make_prior(given, alpha, 0.0, (0,))
-    found = searched("soft", problem(given, log_prior, alpha, alpha), counts=(2000,))[:, -1]
+    found = searched("soft", problem(given, log_prior, alpha, alpha), 3, (2000,))[:, -1]
     full = soft_optimum(transition, reward.sum(0), gamma, alpha)
     policy = softmax((found + alpha * np.asarray(log_prior)[:-1]) / alpha)
     np.testing.assert_allclose(policy, softmax(full / alpha), atol=1e-8)
@@ -139,11 +139,10 @@ def test_omega_prime_0_forgets_the_prior():
     for omega_prime, same in ((0.0, True), (0.3, False)):
         one, other = (searched("soft", problem(given, some_prior(given, x), omega_prime, 0.4))[:, -1] for x in (1, 2))
         assert (np.abs(one - other).max() < 1e-8) == same
-    np.testing.assert_allclose(one.shape, other.shape)
     transition, _, addon = arrays()
     transition[0, 0] *= 0.5
     greedy = searched("soft", problem(given, some_prior(given), 0.0, 0.4))[:, -1]
-    np.testing.assert_allclose(greedy, soft_optimum(transition, addon, 0.7, 0.4, horizon=3), atol=1e-8)
+    np.testing.assert_allclose(greedy, soft_optimum(transition, addon, 0.7, 0.4, horizon=2), atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", mcts.TREE_POLICIES)
@@ -207,7 +206,7 @@ def test_searches_side_by_side_are_those_one_by_one():
     together = searched("soft", given, counts=(30, 60))
     keys = jax.random.split(jax.random.PRNGKey(0), 4)
     for root in range(4):
-        alone, tree = mcts.search("soft", (30, 60), 3, given, jnp.int32(root), keys[root])
+        alone, tree = mcts.search("soft", (30, 60), 2, given, jnp.int32(root), keys[root])
         np.testing.assert_allclose(alone, together[root], atol=1e-12)
         assert tree.visits[0] == 60
 
