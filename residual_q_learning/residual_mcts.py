@@ -133,8 +133,8 @@ def find_world(path: Path | None, gamma: float) -> World:
         if not good or addon.shape != reward.shape or gamma.ndim:
             raise ValueError("P, r, r_R, gamma must have the shapes (S, A, S), (S, A), (S, A), ()")
         good = np.abs(transition.sum(-1) - 1).max() < 1e-6 and (transition >= 0).all()  # which NaN is not
-        if not (good and np.isfinite(reward + addon).all() and 0 <= gamma < 1):
-            raise ValueError("rows of P must be positive and sum to 1, r and r_R be finite, gamma from 0 to below 1")
+        if not (good and np.isfinite(reward + addon).all() and 0 <= gamma <= BOUNDS["gamma"][1]):
+            raise ValueError("rows of P must be positive and sum to 1, r and r_R be finite, gamma from 0 to 0.9999")
     except Exception as error:  # a damaged archive can raise nearly anything
         raise BadInput(f"--mdp {path} cannot be used: {' '.join(str(error).split())}") from None
     measures = {"total": reward + addon, "basic": reward, "add-on": addon}
