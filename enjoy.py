@@ -116,6 +116,20 @@ ADDON_TASKS = {
     "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
 }
 
+# A task of your own is a line here. An environment's first task is its default. Actions are one-hot: a[..., 2] is 1 if
+# it was the third one.
+DISCRETE_TASKS = {
+    "cart-pole-centre": AddonTask("CartPole", "|x| (m)", lambda s, a, t: abs(t[..., 0]), lambda x: -x / 2.4),
+    "lunar-lander-engine": AddonTask("LunarLander", "main engine on", lambda s, a, t: a[..., 2], lambda x: -0.5 * x),
+    "highway-right": AddonTask("highway-fast", "lane", lambda s, a, t: xp.round(3 * t[..., 2]), lambda x: 0.25 * x),
+}
+BASIC_TASKS = {  # that stand for the environment's own reward
+    "cart-pole-upright": AddonTask(
+        "CartPole", "|θ| (rad)", lambda s, a, t: abs(t[..., 2]), lambda x: 1 - 10 * x / 0.2095
+    ),
+}
+NO_TASK = AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x)
+
 
 def recorded_args(path: Path) -> dict[str, Any]:
     """The arguments that a run, by its args.json, or a policy, by its file, was trained with; {} if that is not said.
@@ -138,7 +152,8 @@ def find_task(env_id: str, recorded: dict[str, Any], args: Args) -> tuple[str, A
     Raises: StopRun if the environment has no such task.
     """
     env = env_id.rpartition("-v")[0]
-    choices = [key for key, task in ADDON_TASKS.items() if task.env == env] + ["none"]
+    tasks = ADDON_TASKS | DISCRETE_TASKS
+    choices = [key for key, task in tasks.items() if task.env == env] + ["none"]
     name, known = recorded.get("addon"), not args.path.is_dir() and recorded.get("addon") == "none"
     name = choices[0] if args.addon == "default" or name is None or known else name  # a prior knows of no add-on
     name = {None: name, "None": "none", "default": choices[0]}.get(args.addon, args.addon)
@@ -146,7 +161,18 @@ def find_task(env_id: str, recorded: dict[str, Any], args: Args) -> tuple[str, A
         hint = f"give --addon one of {', '.join(choices)}, or add its line to ADDON_TASKS"
         raise StopRun(f"{name} is no add-on task that is known here for {env_id}; {hint}")
     coef = args.addon_coef if args.addon_coef is not None else recorded.get("addon_coef", 1.0)
-    return name, ADDON_TASKS[name]._replace(coef=coef)
+    return name, tasks[name]._replace(coef=coef)
+
+
+def find_basic(recorded: dict[str, Any]) -> tuple[str, AddonTask | None]:
+    """The basic reward of the training: its name, and its task unless it is the environment's own.
+
+    Raises: StopRun if there is no such task.
+    """
+    name = recorded.get("basic", "own")
+    if name not in (*BASIC_TASKS, "own"):
+        raise StopRun(f"{name} is no basic reward that is known here; add its line to BASIC_TASKS")
+    return name, BASIC_TASKS.get(name)
 
 
 def check_task(name: str, task: AddonTask, obs: np.ndarray, action: np.ndarray) -> None:
@@ -180,6 +206,7 @@ class NumpyPolicy(NamedTuple):
     log_std: Callable  # makes the log standard deviation of what the network gives, if that is where it comes from
     layers: list[tuple[np.ndarray, np.ndarray]]  # weight (out, in) and bias (out,) of each
     tensors: dict[str, np.ndarray]  # all, float32, as named in the file
+    discrete: bool = False  # the network gives the logits of actions, and there is no normaliser nor deviation
 
 
 ACTIVATIONS = {
@@ -233,6 +260,8 @@ def read_policy(path: Path) -> NumpyPolicy:
 def check_policy(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> NumpyPolicy:
     """Make a policy of a file's contents; ValueError says what is wrong with them."""
     tensors = {name: array for name, array in tensors.items() if not name.startswith("critic.")}
+    if "kind" in metadata:
+        return check_categorical(tensors, metadata)
     required, numbers = {"env_id", "squash", "hidden_sizes", "activation"}, {"alpha", "gamma", "survival_reward"}
     known = required | numbers | {"obs_clip", "log_std", "measured_alpha", "format", "returns", "training", "sha256"}
     if wrong := (required - metadata.keys()) | (metadata.keys() - known):
@@ -248,9 +277,7 @@ def check_policy(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Nu
     alpha, gamma, survival, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
     if not (0 <= alpha < math.inf and 0 <= gamma <= 1 and math.isfinite(survival) and obs_clip > 0):
         raise ValueError(f"one of {alpha=}, {gamma=}, {survival=}, {obs_clip=} is impossible")
-    hidden_sizes = json.loads(metadata["hidden_sizes"])
-    if type(hidden_sizes) is not list or not all(type(size) is int and size > 0 for size in hidden_sizes):
-        raise ValueError(f"its hidden_sizes are {metadata['hidden_sizes']}, not a list of widths")
+    hidden_sizes = parse_widths(metadata["hidden_sizes"])
     check_tensors(tensors, hidden_sizes)
     names = [f"actor_mean.{2 * i}" for i in range(len(hidden_sizes) + 1)]
     return NumpyPolicy(
@@ -262,6 +289,52 @@ def check_policy(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Nu
         layers=[(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names],
         tensors=tensors,
     )
+
+
+def check_categorical(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> NumpyPolicy:
+    """Make a policy over discrete actions of a file's contents; ValueError says what is wrong with them."""
+    required = {"kind", "env_id", "hidden_sizes", "activation"}
+    known = required | {"alpha", "gamma", "format", "returns", "training", "sha256"}
+    if metadata["kind"] != "categorical":
+        raise ValueError(f"its kind is {metadata['kind']!r}; it can be categorical, or be left out for a Gaussian")
+    if wrong := (required - metadata.keys()) | (metadata.keys() - known):
+        raise ValueError(f"the metadata {sorted(wrong)} are missing or unknown")
+    if metadata.get("sha256", digest := policy_digest(tensors, metadata)) != digest:
+        raise ValueError("it is damaged (its sha256 does not match); copy or export it anew")
+    if metadata["activation"] not in ACTIVATIONS:
+        raise ValueError(f"its activation is {metadata['activation']}, none of {', '.join(ACTIVATIONS)}")
+    if not (0 <= float(metadata.get("alpha", 1)) < math.inf and 0 <= float(metadata.get("gamma", 1)) <= 1):
+        raise ValueError("its alpha or its gamma is impossible")
+    hidden_sizes = parse_widths(metadata["hidden_sizes"])
+    names = [f"actor.{2 * i}" for i in range(len(hidden_sizes) + 1)]
+    if wrong := {f"{name}.{part}" for name in names for part in ("weight", "bias")} ^ tensors.keys():
+        raise ValueError(f"the tensors {sorted(wrong)} are missing or unknown")
+    widths = [tensors["actor.0.weight"].shape[-1], *hidden_sizes, tensors[f"{names[-1]}.bias"].size]
+    shapes = {}
+    for name, (width_in, width_out) in zip(names, itertools.pairwise(widths), strict=True):
+        shapes |= {f"{name}.weight": (width_out, width_in), f"{name}.bias": (width_out,)}
+    check_shapes(tensors, shapes)
+    layers = [(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names]
+    return NumpyPolicy(
+        metadata["env_id"], False, ACTIVATIONS[metadata["activation"]], math.inf, np.exp, layers, tensors, discrete=True
+    )
+
+
+def parse_widths(text: str) -> list[int]:
+    """The metadata key hidden_sizes; ValueError if it is no list of widths."""
+    hidden_sizes = json.loads(text)
+    if type(hidden_sizes) is not list or not all(type(size) is int and size > 0 for size in hidden_sizes):
+        raise ValueError(f"its hidden_sizes are {text}, not a list of widths")
+    return hidden_sizes
+
+
+def check_shapes(tensors: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError unless the tensors have these shapes, and are sound."""
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape or tensors[name].dtype != np.float32:
+            raise ValueError(f"{name} is {tensors[name].dtype} {tensors[name].shape}, not float32 {shape}")
+        if not np.isfinite(tensors[name]).all() or (name == "obs_var" and (tensors[name] < 0).any()):
+            raise ValueError(f"{name} has impossible entries (NaN, infinite, or a negative variance)")
 
 
 def check_tensors(tensors: dict[str, np.ndarray], hidden_sizes: list[int]) -> None:
@@ -279,11 +352,7 @@ def check_tensors(tensors: dict[str, np.ndarray], hidden_sizes: list[int]) -> No
         shapes |= {"actor_logstd.weight": (widths[-1], widths[-2]), "actor_logstd.bias": (widths[-1],)}
     if wrong := shapes.keys() ^ tensors.keys():
         raise ValueError(f"the tensors {sorted(wrong)} are missing or unknown")
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape or tensors[name].dtype != np.float32:
-            raise ValueError(f"{name} is {tensors[name].dtype} {tensors[name].shape}, not float32 {shape}")
-        if not np.isfinite(tensors[name]).all() or (name == "obs_var" and (tensors[name] < 0).any()):
-            raise ValueError(f"{name} has impossible entries (NaN, infinite, or a negative variance)")
+    check_shapes(tensors, shapes)
     if np.abs(tensors.get("actor_logstd", 0)).max() > 10:
         raise ValueError("actor_logstd has entries beyond ±10, with which float32 cannot train")
 
@@ -319,6 +388,19 @@ def act(policy: NumpyPolicy, obs: np.ndarray, noise: Any, low: np.ndarray, high:
     return low + (np.tanh(action) + 1) / 2 * (high - low) if policy.squash else np.clip(action, low, high)
 
 
+def act_discrete(policy: NumpyPolicy, obs: np.ndarray, noise: Any) -> np.ndarray:
+    """The action as a one-hot vector: its index is that of the environment's action.
+
+    Args: obs (..., obs_dim), float32; noise (..., actions), standard Gumbel, or 0 for the most probable action.
+    Returns: (..., actions), float32.
+    """
+    x = obs
+    for weight, bias in policy.layers[:-1]:
+        x = policy.activation(x @ weight.T + bias)
+    weight, bias = policy.layers[-1]
+    return np.eye(len(bias), dtype=np.float32)[(x @ weight.T + bias + noise).argmax(-1)]
+
+
 class Episode(NamedTuple):
     """What an episode has come to."""
 
@@ -330,39 +412,58 @@ class Episode(NamedTuple):
     length: int  # steps
 
 
-def play(env: Any, policy: NumpyPolicy, addon: AddonTask, seed: int, deterministic: bool) -> Iterator[Episode]:
+def choose(
+    env: Any, policy: NumpyPolicy, obs: np.ndarray, rng: np.random.Generator, deterministic: bool
+) -> tuple[Any, np.ndarray]:
+    """The environment's action, and the vector that tasks know: the same, or one-hot where actions are discrete."""
+    if policy.discrete:
+        noise = 0 if deterministic else rng.gumbel(size=len(policy.layers[-1][1])).astype(np.float32)
+        action = act_discrete(policy, obs, noise)
+        return int(action.argmax()) + int(env.action_space.start), action
+    low, high = env.action_space.low, env.action_space.high
+    noise = 0 if deterministic else rng.standard_normal(low.shape, np.float32)
+    action = act(policy, obs, noise, low, high)
+    return action, action
+
+
+def play(
+    env: Any, policy: NumpyPolicy, addon: AddonTask, seed: int, deterministic: bool, basic: AddonTask | None = None
+) -> Iterator[Episode]:
     """Play an episode, yielding what it has come to after the reset and after each step.
 
-    Environment and noise follow from the seed, so two policies with the same seed meet the same luck.
+    Environment and noise follow from the seed, so two policies with the same seed meet the same luck. basic stands for
+    the environment's own reward, if given.
     """
     rng = np.random.default_rng(seed)
-    low, high = env.action_space.low, env.action_space.high
     obs, _ = env.reset(seed=seed)
-    basic, bonus, quantity, length, done = 0.0, 0.0, 0.0, 0, False
-    yield Episode(seed, basic, bonus, basic + bonus, quantity, length)
+    returns, bonus, quantity, length, done = 0.0, 0.0, 0.0, 0, False
+    yield Episode(seed, returns, bonus, returns + bonus, quantity, length)
     while not done:
-        noise = 0 if deterministic else rng.standard_normal(low.shape, np.float32)
-        before = obs.astype(np.float32)
-        action = act(policy, before, noise, low, high)
-        obs, reward, terminated, truncated, _ = env.step(action)
-        measured = addon.quantity(before[None], action[None], obs.astype(np.float32)[None])
+        before = np.float32(obs).reshape(-1 if policy.discrete else obs.shape)
+        taken, action = choose(env, policy, before, rng, deterministic)
+        obs, reward, terminated, truncated, _ = env.step(taken)
+        seen = before[None], action[None], np.float32(obs).reshape(before.shape)[None]
+        measured = addon.quantity(*seen)
         addon_reward = float(addon.reward(measured)[0])
         if not math.isfinite(addon_reward):
             raise StopRun(
                 f"the add-on reward on {addon.label} is {addon_reward} in step {length + 1}; mend the task", 1
             )
-        basic, bonus = basic + float(reward), bonus + addon.coef * addon_reward
+        reward = reward if basic is None else basic.reward(basic.quantity(*seen))[0]
+        returns, bonus = returns + float(reward), bonus + addon.coef * addon_reward
         quantity, length, done = quantity + float(measured[0]), length + 1, terminated or truncated
-        yield Episode(seed, basic, bonus, basic + bonus, quantity / length, length)
+        yield Episode(seed, returns, bonus, returns + bonus, quantity / length, length)
 
 
-def play_all(env: Any, policies: list[NumpyPolicy], addon: AddonTask, args: Args) -> list[list[Episode]]:
+def play_all(
+    env: Any, policies: list[NumpyPolicy], addon: AddonTask, args: Args, basic: AddonTask | None = None
+) -> list[list[Episode]]:
     """All episodes of each policy."""
     results = [[] for _ in policies]
     with rich.progress.Progress(console=CONSOLE, transient=True, disable=not CONSOLE.is_terminal) as progress:
         for seed in progress.track(range(args.seed, args.seed + args.episodes), description="episodes"):
             for policy, episodes in zip(policies, results, strict=True):
-                *_, episode = play(env, policy, addon, seed, args.deterministic)
+                *_, episode = play(env, policy, addon, seed, args.deterministic, basic)
                 episodes.append(episode)
     return results
 
@@ -391,7 +492,9 @@ class EnvPoolEnv:
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Step."""
-        obs, reward, terminated, truncated, _ = self.pool.step(action[None].astype(self.action_space.dtype))
+        discrete = not hasattr(self.action_space, "low")  # its space says int64, where it takes int32
+        action = np.asarray(action, np.int32 if discrete else self.action_space.dtype)
+        obs, reward, terminated, truncated, _ = self.pool.step(action[None])
         return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
 
     def close(self) -> None:
@@ -420,8 +523,12 @@ def make_gymnasium(
         except Exception as error:  # each of its environments fails in its own way
             raise StopRun(f"{reason}; nor can EnvPool ({type(error).__name__}: {error}); see --env-id") from None
     for policy in policies:
-        shapes = policy.tensors["obs_mean"].shape, policy.layers[-1][1].shape
-        if shapes != (theirs := (env.observation_space.shape, env.action_space.shape)):
+        shapes = policy.layers[0][0].shape[1:], policy.layers[-1][1].shape
+        theirs = env.observation_space.shape, env.action_space.shape
+        if policy.discrete:
+            shapes = (*shapes, "discrete")
+            theirs = (math.prod(theirs[0]),), (getattr(env.action_space, "n", 0),), "discrete"
+        if shapes != theirs:
             what = f"observations and actions have shapes {theirs[0]} and {theirs[1]}"
             raise StopRun(f"{env_id}'s {what}, the policy's {shapes[0]} and {shapes[1]}; change --env-id or the policy")
     return env
@@ -580,10 +687,12 @@ def main(args: Args) -> None:
     paths = [path for path in (args.path, args.against) if path]
     policies = [read_policy(path) for path in paths]
     env_id, recorded = args.env_id or policies[0].env_id, recorded_args(args.path)
-    task, addon = find_task(env_id, recorded, args)
+    (task, addon), (basic_name, basic) = find_task(env_id, recorded, args), find_basic(recorded)
     kwargs = parse_kwargs(args.env_kwargs or recorded.get("env_kwargs", "{}"))
     env = make_gymnasium(env_id, policies, kwargs, args.window, args.video is not None)
-    check_task(task, addon, env.reset(seed=args.seed)[0], env.action_space.sample())
+    action = np.zeros(len(policies[0].layers[-1][1]), np.float32)
+    for name, each in [(task, addon), *([(basic_name, basic)] if basic else [])]:
+        check_task(name, each, env.reset(seed=args.seed)[0].ravel(), action)
     renderer = open_renderer(env, args.video_size) if args.video else None
 
     CONSOLE.print(
@@ -591,11 +700,11 @@ def main(args: Args) -> None:
     )
     for label, path in zip(("policy", "against"), paths, strict=False):
         CONSOLE.print(f"{label:8} {path}")
-    results = play_all(env, policies, addon, args)
+    results = play_all(env, policies, addon, args, basic)
     env.close()
     CONSOLE.print(episodes_table(results, addon.label, "deterministic" if args.deterministic else "sampled"))
     if args.json:
-        settings = vars(args) | {"env_id": env_id, "addon": task, "addon_coef": addon.coef}
+        settings = vars(args) | {"env_id": env_id, "basic": basic_name, "addon": task, "addon_coef": addon.coef}
         pairs = zip(paths, results, strict=True)
         played = [{"path": path, "episodes": [x._asdict() for x in episodes]} for path, episodes in pairs]
         content = {"settings": settings, "quantity": addon.label, "policies": played}

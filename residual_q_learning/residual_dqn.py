@@ -36,6 +36,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,8 @@ class Args:
     """temperature of the customised policy, in units of reward per nat; if not given, the prior's alpha"""
 
     # DQN
+    double: bool = True
+    """value the next state by the network's policy and the target network's values; --no-double: by the latter alone"""
     hidden_sizes: tuple[int, ...] | None = None
     """widths of Q_R's hidden layers, as many as the prior has; if not given, the prior's"""
     start_e: float = 0.1
@@ -126,8 +129,10 @@ class Args:
     """lower it linearly to 0 over the run"""
     max_grad_norm: float = 10.0
     """bound on the norm of a gradient"""
-    target_network_frequency: int = 100
-    """gradient steps between two copies of the network to the target network"""
+    target_network_frequency: int = 1
+    """gradient steps between two updates of the target network"""
+    tau: float = 0.005
+    """how far an update moves the target network to the network, from 0 to 1"""
     gamma: float | None = None
     """discount; if not given, the prior's, with which log pi equals its reward up to shaping"""
 
@@ -193,6 +198,15 @@ def soft_maximum(q: Array, alpha: float) -> Array:
     """
     best = q.max(-1)
     return best + alpha * jax.nn.logsumexp((q - best[..., None]) / alpha, axis=-1) if alpha else best
+
+
+def double_value(q: Array, online_q: Array, alpha: float) -> Array:
+    """E[q - alpha log pi] over pi = softmax(online_q / alpha), at most soft_maximum(q); (..., action_dim) -> (...).
+
+    With q of the target network and alpha = 0 it is Double DQN's (arXiv 1509.06461). It holds back overestimates.
+    """
+    policy = jax.nn.softmax(online_q / alpha) if alpha else jax.nn.one_hot(online_q.argmax(-1), q.shape[-1])
+    return soft_maximum(online_q, alpha) + (policy * (q - online_q)).sum(-1)
 
 
 def residual_values(q: Array, prior_log_prob: Array, omega_prime: float) -> Array:
@@ -295,6 +309,7 @@ def make_discrete_simulator(env_id: str, env_kwargs: str, basic: str, seeds: np.
     An action is a one-hot vector (actions,), for which low and high are 0 and 1; observations are flattened. Training
     has one simulator of --num-envs environments, each evaluation one with an environment for every episode.
     """
+    warnings.filterwarnings("ignore", ".*precision lowered by casting")  # of the bounds of an observation
     try:
         pool = envpool.make(
             env_id, env_type="gymnasium", num_envs=len(seeds), seed=seeds.tolist(), **json.loads(env_kwargs)
@@ -496,8 +511,8 @@ def learn_values(target: Callable, args: Args, state: DQNState, buffer: Buffer, 
         loss, grads = jax.value_and_grad(dqn_loss)(state.params, state, batch, y)
         updates, opt_state = opt.update(grads, state.opt_state)
         params, count = optax.apply_updates(state.params, updates), state.num_updates + 1
-        due = count % args.target_network_frequency == 0
-        targets = jax.tree.map(lambda new, old: jnp.where(due, new, old), params, state.target_params)
+        tau = jnp.where(count % args.target_network_frequency == 0, args.tau, 0)
+        targets = jax.tree.map(lambda new, old: old + tau * (new - old), params, state.target_params)
         state = state.replace(params=params, target_params=targets, opt_state=opt_state, num_updates=count)
         return state, {"value_loss": loss, "td_target": y.mean()}
 
@@ -515,8 +530,11 @@ def learn_values(target: Callable, args: Args, state: DQNState, buffer: Buffer, 
 def residual_dqn_target(args: Args, prior: CategoricalPolicy, state: DQNState, batch: Experience) -> Array:
     """y of transitions, (batch_size,), by the target network."""
     prior_log_prob = jax.nn.log_softmax(action_logits(prior, batch.next_obs))
-    q = residual_values(state.actor.apply(state.target_params, batch.next_obs), prior_log_prob, args.omega_prime)
-    return bellman_target(batch.reward, batch.terminated, soft_maximum(q, args.alpha_hat), args.gamma)
+    q, online_q = (
+        residual_values(state.actor.apply(params, batch.next_obs), prior_log_prob, args.omega_prime)
+        for params in (state.target_params, state.params if args.double else state.target_params)
+    )
+    return bellman_target(batch.reward, batch.terminated, double_value(q, online_q, args.alpha_hat), args.gamma)
 
 
 COLD = 1e-3  # temperature at which --alpha 0 acts, and is written to a file: in reward per nat, so all but greedy
@@ -1035,7 +1053,7 @@ def check_arrays(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 DQN_LIMITS = dict.fromkeys(("num_envs", "num_steps", "batch_size", "eval_episodes"), (1, np.inf))
 DQN_LIMITS |= dict.fromkeys(("target_network_frequency",), (1, np.inf))
-DQN_LIMITS |= dict.fromkeys(("gamma", "start_e", "end_e", "exploration_fraction", "munchausen"), (0, 1))
+DQN_LIMITS |= dict.fromkeys(("gamma", "start_e", "end_e", "exploration_fraction", "munchausen", "tau"), (0, 1))
 DQN_LIMITS |= {"seed": (0, 2**30 - 1), "addon_coef": (-np.inf, np.inf), "learning_rate": (1e-30, np.inf)}
 
 

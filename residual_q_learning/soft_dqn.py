@@ -11,7 +11,7 @@ With L(s') = alpha log sum_a exp(Q'(s',a) / alpha), Q' the target network, pi' =
 
     y = r + munchausen clip(alpha log pi'(a|s), -munchausen_clip, 0) + gamma (1 - terminated) L(s'),
 
-and the policy is softmax(Q / alpha), with an epsilon-greedy on top.  Four algorithms are points of it:
+and the policy is softmax(Q / alpha), with an epsilon-greedy on top; by default L is evaluated as in Double DQN.  Four algorithms are points of it:
 
     DQN                   --alpha 0                       L is the maximum, the policy greedy
     soft DQN              --alpha 1                       maximum entropy at temperature alpha
@@ -40,6 +40,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,8 @@ class Args:
     """alpha log pi' is clipped to [-MUNCHAUSEN_CLIP, 0], in units of reward"""
 
     # DQN
+    double: bool = True
+    """value the next state by the network's policy and the target network's values; --no-double: by the latter alone"""
     hidden_sizes: tuple[int, ...] = (128, 128)
     """widths of the hidden layers, with ReLU after each"""
     start_e: float = 1.0
@@ -130,8 +133,10 @@ class Args:
     """lower it linearly to 0 over the run"""
     max_grad_norm: float = 10.0
     """bound on the norm of a gradient"""
-    target_network_frequency: int = 100
-    """gradient steps between two copies of the network to the target network"""
+    target_network_frequency: int = 1
+    """gradient steps between two updates of the target network"""
+    tau: float = 0.005
+    """how far an update moves the target network to the network, from 0 to 1"""
     gamma: float = 0.99
     """discount"""
 
@@ -197,6 +202,15 @@ def soft_maximum(q: Array, alpha: float) -> Array:
     """
     best = q.max(-1)
     return best + alpha * jax.nn.logsumexp((q - best[..., None]) / alpha, axis=-1) if alpha else best
+
+
+def double_value(q: Array, online_q: Array, alpha: float) -> Array:
+    """E[q - alpha log pi] over pi = softmax(online_q / alpha), at most soft_maximum(q); (..., action_dim) -> (...).
+
+    With q of the target network and alpha = 0 it is Double DQN's (arXiv 1509.06461). It holds back overestimates.
+    """
+    policy = jax.nn.softmax(online_q / alpha) if alpha else jax.nn.one_hot(online_q.argmax(-1), q.shape[-1])
+    return soft_maximum(online_q, alpha) + (policy * (q - online_q)).sum(-1)
 
 
 def munchausen_reward(q: Array, action: Array, alpha: float, munchausen: float, clip: float) -> Array:
@@ -302,6 +316,7 @@ def make_discrete_simulator(env_id: str, env_kwargs: str, basic: str, seeds: np.
     An action is a one-hot vector (actions,), for which low and high are 0 and 1; observations are flattened. Training
     has one simulator of --num-envs environments, each evaluation one with an environment for every episode.
     """
+    warnings.filterwarnings("ignore", ".*precision lowered by casting")  # of the bounds of an observation
     try:
         pool = envpool.make(
             env_id, env_type="gymnasium", num_envs=len(seeds), seed=seeds.tolist(), **json.loads(env_kwargs)
@@ -503,8 +518,8 @@ def learn_values(target: Callable, args: Args, state: DQNState, buffer: Buffer, 
         loss, grads = jax.value_and_grad(dqn_loss)(state.params, state, batch, y)
         updates, opt_state = opt.update(grads, state.opt_state)
         params, count = optax.apply_updates(state.params, updates), state.num_updates + 1
-        due = count % args.target_network_frequency == 0
-        targets = jax.tree.map(lambda new, old: jnp.where(due, new, old), params, state.target_params)
+        tau = jnp.where(count % args.target_network_frequency == 0, args.tau, 0)
+        targets = jax.tree.map(lambda new, old: old + tau * (new - old), params, state.target_params)
         state = state.replace(params=params, target_params=targets, opt_state=opt_state, num_updates=count)
         return state, {"value_loss": loss, "td_target": y.mean()}
 
@@ -521,11 +536,12 @@ def learn_values(target: Callable, args: Args, state: DQNState, buffer: Buffer, 
 
 def soft_dqn_target(args: Args, state: DQNState, batch: Experience) -> Array:
     """y of transitions, (batch_size,), by the target network."""
-    q, next_q = (state.actor.apply(state.target_params, obs) for obs in (batch.obs, batch.next_obs))
-    reward = batch.reward
+    reward, next_q = batch.reward, state.actor.apply(state.target_params, batch.next_obs)
     if args.munchausen:
+        q = state.actor.apply(state.target_params, batch.obs)
         reward += munchausen_reward(q, batch.action, args.alpha, args.munchausen, args.munchausen_clip)
-    return bellman_target(reward, batch.terminated, soft_maximum(next_q, args.alpha), args.gamma)
+    online_q = state.actor.apply(state.params, batch.next_obs) if args.double else next_q
+    return bellman_target(reward, batch.terminated, double_value(next_q, online_q, args.alpha), args.gamma)
 
 
 COLD = 1e-3  # temperature at which --alpha 0 acts, and is written to a file: in reward per nat, so all but greedy
@@ -938,7 +954,7 @@ def check_arrays(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 DQN_LIMITS = dict.fromkeys(("num_envs", "num_steps", "batch_size", "eval_episodes"), (1, np.inf))
 DQN_LIMITS |= dict.fromkeys(("target_network_frequency",), (1, np.inf))
-DQN_LIMITS |= dict.fromkeys(("gamma", "start_e", "end_e", "exploration_fraction", "munchausen"), (0, 1))
+DQN_LIMITS |= dict.fromkeys(("gamma", "start_e", "end_e", "exploration_fraction", "munchausen", "tau"), (0, 1))
 DQN_LIMITS |= {"seed": (0, 2**30 - 1), "addon_coef": (-np.inf, np.inf), "learning_rate": (1e-30, np.inf)}
 
 
