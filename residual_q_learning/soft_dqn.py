@@ -11,7 +11,8 @@ With L(s') = alpha log sum_a exp(Q'(s',a) / alpha), Q' the target network, pi' =
 
     y = r + munchausen clip(alpha log pi'(a|s), -munchausen_clip, 0) + gamma (1 - terminated) L(s'),
 
-and the policy is softmax(Q / alpha), with an epsilon-greedy on top; by default L is evaluated as in Double DQN.  Four algorithms are points of it:
+and the policy is softmax(Q / alpha), with an epsilon-greedy on top; by default L is evaluated as Double DQN does it.
+Four algorithms are points of it:
 
     DQN                   --alpha 0                       L is the maximum, the policy greedy
     soft DQN              --alpha 1                       maximum entropy at temperature alpha

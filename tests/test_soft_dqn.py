@@ -191,7 +191,7 @@ def test_customised_policy_is_one_network_of_prior_and_residual(float64, ours, t
     for i, sizes in enumerate((ours, theirs)):
         actor = residual_dqn.QNetwork(ACTIONS, sizes, "tanh")
         params = actor.init(jax.random.PRNGKey(i), obs)
-        networks.append((actor, jax.tree.map(lambda x, i=i: x + 0.1 * (i + 1), params)))  # biases, too
+        networks.append((actor, jax.tree.map(lambda x, i=i: np.float64(x) + 0.1 * (i + 1), params)))  # biases, too
     (actor, params), prior = networks[0], residual_dqn.CategoricalPolicy(networks[1][1], networks[1][0])
     state = residual_dqn.DQNState(params, params, None, 0, 0, actor)
     policy = residual_dqn.customised_policy(args, prior, state)
