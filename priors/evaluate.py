@@ -90,7 +90,7 @@ def main(args: Args) -> None:
     if any(args.readme.read_text().count(marker) != 1 for marker in (START, END)):
         sys.exit(f"{args.readme} does not have the lines {START.strip()} and {END}")
     rows, recipes = [HEADER, ["---"] * len(HEADER)], []
-    for path in sorted(PRIORS.glob("*.safetensors")):
+    for path in sorted(PRIORS.glob("*-v4*.safetensors")):
         env_id = path.stem.removesuffix("-sac")
         policy, metadata = rpg.load_policy(path)
         numbers = [f"{float(metadata[x]):.4g}" if x in metadata else "–" for x in NUMBERS.values()]

@@ -23,6 +23,7 @@ import safetensors.numpy
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train_prior_ppo", "soft_ppo", "residual_ppo")
 SAC_SCRIPTS = ("soft_sac", "residual_sac")
+DQN_SCRIPTS = ("soft_dqn", "residual_dqn")
 FOLDERS = ("", "residual_q_learning", "mirror_descent")  # of the scripts
 BATCH = ("--num-envs", "8", "--num-steps", "16", "--num-minibatches", "4")
 SHORT = (*BATCH, "--total-timesteps", "1024", "--eval-episodes", "2")  # 8 iterations of 128 steps

@@ -7,10 +7,10 @@ import sys
 import tomllib
 
 import pytest
-from conftest import ROOT, SAC_SCRIPTS, script_path
+from conftest import DQN_SCRIPTS, ROOT, SAC_SCRIPTS, script_path
 from conftest import SCRIPTS as PPO_SCRIPTS
 
-SCRIPTS = (*PPO_SCRIPTS, *SAC_SCRIPTS)
+SCRIPTS = (*PPO_SCRIPTS, *SAC_SCRIPTS, *DQN_SCRIPTS)
 PROGRAMS = (*SCRIPTS, "enjoy", "mirror_descent_vi")
 SOURCES = {name: script_path(name).read_text() for name in PROGRAMS}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
