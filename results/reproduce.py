@@ -187,6 +187,29 @@ def init() -> Iterator[Setting]:
             yield Setting(env_id, "from a classical prior", flags)
 
 
+def discrete() -> Iterator[Setting]:
+    """Residual DQN on a discrete prior, with log pi left out, and DQN from scratch on the full reward."""
+    for env_id, flags in (
+        ("CartPole-v1", ""),
+        ("highway-fast-v0", "--alpha 0.05 --gamma 0.8"),
+        ("LunarLander-v3", "--alpha 0.1 --total-timesteps 400000"),
+    ):
+        yield Setting(env_id, "residual_dqn.py", "", "residual_dqn")
+        yield Setting(env_id, "greedy, omega' = 0", "--omega-prime 0", "residual_dqn")
+        yield Setting(env_id, "full, soft_dqn.py", f"--addon default {flags}".strip(), "soft_dqn")
+
+
+def munchausen() -> Iterator[Setting]:
+    """DQN, soft DQN, Munchausen DQN and KL alone: points of soft_dqn.py, as published, so without Double DQN's value."""
+    for label, flags in (
+        ("DQN", "--alpha 0"),
+        ("soft DQN", "--alpha 0.03"),
+        ("Munchausen DQN", "--alpha 0.03 --munchausen 0.9"),
+        ("KL alone", "--alpha 0.03 --munchausen 1"),
+    ):
+        yield Setting("LunarLander-v3", label, f"{flags} --no-double --total-timesteps 200000", "soft_dqn")
+
+
 RULE = (3, 1 / 3)  # the default omega' and alpha_hat of residual_ppo.py at omega = 1, in units of the prior's alpha
 TABLES: dict[str, Callable[[], Iterator[Setting]]] = {
     "default": default,
@@ -199,6 +222,8 @@ TABLES: dict[str, Callable[[], Iterator[Setting]]] = {
     "init": init,
     "soft-sac": soft_sac,
     "residual-sac": residual_sac,
+    "discrete": discrete,
+    "munchausen": munchausen,
 }
 
 
@@ -244,11 +269,13 @@ def run_clock(setting: Setting, seed: int, smoke: bool) -> dict[str, object]:
 
 def run_script(setting: Setting, seed: int, smoke: bool) -> dict[str, object]:
     """What a run folder says of training and evaluation."""
-    small = SMOKE_FLAGS + (" --learning-starts 128" if setting.script.endswith("sac") else " --num-minibatches 4")
+    by_value = setting.script.endswith(("sac", "dqn"))
+    small = SMOKE_FLAGS + (" --learning-starts 128" if by_value else " --num-minibatches 4")
     flags = ["--env-id", setting.env_id, "--seed", str(seed), *setting.flags.split(), *(small.split() if smoke else ())]
     with tempfile.TemporaryDirectory() as folder:
-        path = ROOT / ("residual_q_learning" if setting.script.endswith("sac") else "") / f"{setting.script}.py"
-        command = [sys.executable, str(path), *flags, "--no-progress", "--runs-dir", folder]
+        path = ROOT / ("residual_q_learning" if by_value else "") / f"{setting.script}.py"
+        command = [sys.executable, str(path), *flags, "--runs-dir", folder]
+        command += [] if setting.script.endswith("dqn") else ["--no-progress"]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         (run_dir,) = Path(folder).iterdir()
         results = json.loads((run_dir / "eval.json").read_text())

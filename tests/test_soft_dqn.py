@@ -332,7 +332,7 @@ def test_highway_s_lane_is_that_of_the_simulator():
 def dqn_runs(tmp_path_factory):
     """A short run of soft_dqn.py on CartPole, and one of residual_dqn.py from its policy: {script: folder}."""
     folders, prior = {}, ()
-    for name, flags in (("soft_dqn", ("--hidden-sizes", 16, 16)), ("residual_dqn", ())):
+    for name, flags in (("soft_dqn", ("--hidden-sizes", 16, 16)), ("residual_dqn", ("--learning-rate", 0.02))):
         folder = tmp_path_factory.mktemp(name)
         process = run_script(name, *SHORT, *flags, *prior, "--runs-dir", folder, cwd=folder)
         assert (process.returncode, process.stderr) == (0, "")
