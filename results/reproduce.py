@@ -200,7 +200,7 @@ def discrete() -> Iterator[Setting]:
 
 
 def munchausen() -> Iterator[Setting]:
-    """DQN, soft DQN, Munchausen DQN and KL alone: points of soft_dqn.py, as published, so without Double DQN's value."""
+    """DQN, soft DQN, Munchausen DQN and KL alone: points of soft_dqn.py, as published: without Double DQN's value."""
     for label, flags in (
         ("DQN", "--alpha 0"),
         ("soft DQN", "--alpha 0.03"),
