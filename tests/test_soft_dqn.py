@@ -8,7 +8,6 @@ import shutil
 import gymnasium
 import jax
 import jax.numpy as jnp
-import mirror_descent_vi as vi
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -17,6 +16,7 @@ from conftest import ROOT, read_metrics, read_policy, run_script, write_policy
 from scipy.special import log_softmax, logsumexp, softmax
 
 import enjoy
+import mirror_descent_vi as vi
 import residual_dqn
 import soft_dqn
 
@@ -179,6 +179,21 @@ def test_soft_maximum_is_exact_where_exponentials_overflow(float64):
         np.testing.assert_allclose(soft_dqn.soft_maximum(q, alpha), expected, rtol=1e-14)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_double_value_is_what_the_network_s_policy_is_worth_to_the_target_network(float64, alpha):
+    """Beside the sum over actions in NumPy; never above the soft maximum, which it is where both networks agree."""
+    q, online_q = np.random.default_rng(8).normal(size=(2, 50, ACTIONS))
+    if alpha:
+        log_policy = log_softmax(online_q / alpha, -1)
+        expected = (np.exp(log_policy) * (q - alpha * log_policy)).sum(-1)
+    else:
+        expected = q[np.arange(50), online_q.argmax(-1)]
+    actual = soft_dqn.double_value(q, online_q, alpha)
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
+    assert (actual <= soft_dqn.soft_maximum(q, alpha) + 1e-12).all()
+    np.testing.assert_allclose(soft_dqn.double_value(q, q, alpha), soft_dqn.soft_maximum(q, alpha), atol=1e-12)
+
+
 # ---------------------------------------------------------------------------- policies and steps
 
 
@@ -323,6 +338,10 @@ def test_highway_s_lane_is_that_of_the_simulator():
             assert lane == np.round(y / 4)
             lanes.add(lane)
     assert lanes == {0, 1, 2}
+    pool = soft_dqn.envpool.make("highway-fast-v0", env_type="gymnasium", num_envs=32, seed=1)
+    first = pool.reset()[0].reshape(32, -1)
+    assert set(3 * first[:, 2]) == lanes  # at the start nobody is between lanes
+    np.testing.assert_allclose(first[:, 3], env.reset()[0][0, 3])  # both start at the same speed, on the same scale
 
 
 # ------------------------------------------------------------------------------------- whole runs
