@@ -122,13 +122,13 @@ DISCRETE_TASKS = {
     "cart-pole-centre": AddonTask("CartPole", "|x| (m)", lambda s, a, t: abs(t[..., 0]), lambda x: -x / 2.4),
     "lunar-lander-engine": AddonTask("LunarLander", "main engine on", lambda s, a, t: a[..., 2], lambda x: -0.5 * x),
     "highway-right": AddonTask("highway-fast", "lane", lambda s, a, t: xp.round(3 * t[..., 2]), lambda x: 0.25 * x),
+    "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
 }
 BASIC_TASKS = {  # that stand for the environment's own reward
     "cart-pole-upright": AddonTask(
         "CartPole", "|θ| (rad)", lambda s, a, t: abs(t[..., 2]), lambda x: 1 - 10 * x / 0.2095
     ),
 }
-NO_TASK = AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x)
 
 
 def recorded_args(path: Path) -> dict[str, Any]:

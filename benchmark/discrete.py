@@ -54,7 +54,7 @@ def training_speeds(env_id: str, args: Args) -> tuple[list[float], list[float]]:
     flags = soft_dqn.Args(env_id=env_id, total_timesteps=10**7, basic="own", buffer_size=100_000)
     seeds = soft_dqn.env_seeds(1, soft_dqn.TRAINING, flags.num_envs)
     simulator = soft_dqn.make_discrete_simulator(env_id, "{}", "own", seeds)
-    env = soft_dqn.make_env(simulator, soft_dqn.NO_TASK, squash=False)
+    env = soft_dqn.make_env(simulator, soft_dqn.DISCRETE_TASKS["none"], squash=False)
     actor = soft_dqn.QNetwork(len(simulator.low), flags.hidden_sizes)
     state = soft_dqn.init_dqn_state(flags, actor, simulator.obs_dim, soft_dqn.seed_words(1, soft_dqn.NETWORKS))
     training, bare, steps = [], [], flags.num_envs * flags.num_steps

@@ -14,8 +14,9 @@ moves towards
     y = r_R + gamma (1 - terminated) alpha_hat log sum_a exp((Q_R'(s',a) + omega' log pi(a|s')) / alpha_hat),
 
 Q_R' the target network, and the policy is softmax((Q_R + omega' log pi) / alpha_hat): Residual Q-Learning, arXiv
-2306.09526.  Q_R starts at 0, so that with omega' = alpha_hat, the KL objective, the first policy is the prior's.
-omega' = 0 forgets the prior.  The basic reward is only looked at: it is in the log, and learning does not see it.
+2306.09526.  By default the sum is evaluated as Double DQN does it (double_value).  Q_R starts at 0, so that with omega'
+= alpha_hat, the KL objective, the first policy is the prior's; omega' = 0 forgets the prior.  The basic reward is in
+the log, and learning does not see it.
 
     python residual_dqn.py --env-id CartPole-v1 --omega 0.5
 
@@ -273,13 +274,13 @@ DISCRETE_TASKS = {
     "cart-pole-centre": AddonTask("CartPole", "|x| (m)", lambda s, a, t: abs(t[..., 0]), lambda x: -x / 2.4),
     "lunar-lander-engine": AddonTask("LunarLander", "main engine on", lambda s, a, t: a[..., 2], lambda x: -0.5 * x),
     "highway-right": AddonTask("highway-fast", "lane", lambda s, a, t: xp.round(3 * t[..., 2]), lambda x: 0.25 * x),
+    "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
 }
 BASIC_TASKS = {  # that stand for the environment's own reward
     "cart-pole-upright": AddonTask(
         "CartPole", "|θ| (rad)", lambda s, a, t: abs(t[..., 2]), lambda x: 1 - 10 * x / 0.2095
     ),
 }
-NO_TASK = AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x)
 
 
 class Simulator(NamedTuple):
@@ -626,7 +627,7 @@ def main(args: Args, open_run: Callable) -> None:
     args = resolve_dqn_args(args, prior, prior_info)
     simulator_of = partial(make_discrete_simulator, args.env_id, args.env_kwargs, args.basic)
     simulator = simulator_of(env_seeds(args.seed, TRAINING, args.num_envs))
-    task = DISCRETE_TASKS.get(args.addon, NO_TASK)._replace(coef=args.addon_coef)
+    task = DISCRETE_TASKS[args.addon]._replace(coef=args.addon_coef)
     actor = dataclasses.replace(prior.actor, hidden_sizes=args.hidden_sizes, last_scale=0.0)  # Q_R = 0
     state = init_dqn_state(args, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS))
     policy_of = partial(customised_policy, args, prior)
@@ -634,11 +635,11 @@ def main(args: Args, open_run: Callable) -> None:
         env = make_env(simulator, task, squash=False)
         update = partial(residual_dqn_update, args, jax.device_put(prior, jax.devices()[0]))
         state = train_discrete(env, policy_of, update, args, run.state, run.write)
-    eval_env = simulator_of(
-        np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), 4)
-    )  # two, with either actions
-    policies, eval_env = {"prior": prior, "customised": policy_of(state)}, make_env(eval_env, task, squash=False)
-    results = evaluate_categorical(eval_env, policies, args.omega, args.seed)
+    policies = {"prior": prior, "customised": policy_of(state)}
+    eval_seeds = np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), 4)  # two policies, with either actions
+    results = evaluate_categorical(
+        make_env(simulator_of(eval_seeds), task, squash=False), policies, args.omega, args.seed
+    )
     run.save_policy(policies["customised"], args.alpha_hat, results["customised"])
     run.finish(task.label, results)
 
@@ -655,9 +656,7 @@ def resolve_dqn_args(args: Args, prior: CategoricalPolicy, prior_info: dict[str,
     defaults["hidden_sizes"] = prior.actor.hidden_sizes
     args = dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
     if len(args.hidden_sizes) != len(prior.actor.hidden_sizes):
-        raise StopRun(
-            f"--hidden-sizes has not as many layers as the prior, whose widths are {prior.actor.hidden_sizes}"
-        )
+        raise StopRun(f"--hidden-sizes needs as many layers as the prior has: {prior.actor.hidden_sizes}")
     return args
 
 
@@ -953,10 +952,11 @@ def results_table(quantity: str, results: Results) -> rich.table.Table:
 
 def choose_tasks(args: Args) -> Args:
     """The arguments with the names of tasks that the environment has; StopRun if there is none."""
-    env, names = args.env_id.rpartition("-v")[0], {}
-    for flag, tasks, none in (("basic", BASIC_TASKS, "own"), ("addon", DISCRETE_TASKS, "none")):
-        choices, name = [*(name for name, task in tasks.items() if task.env == env), none], getattr(args, flag)
-        if (flag, name, choices) == ("addon", "default", ["none"]):
+    names = {}
+    for flag, tasks in (("basic", BASIC_TASKS | {"own": DISCRETE_TASKS["none"]}), ("addon", DISCRETE_TASKS)):
+        choices = [name for name, task in tasks.items() if task.env in (args.env_id.rpartition("-v")[0], "")]
+        name = getattr(args, flag)
+        if name == "default" and choices == ["none"]:
             raise StopRun(f"{args.env_id} has no add-on task yet; add one to DISCRETE_TASKS, or give --addon none")
         names[flag] = choices[0] if name == "default" else name
         if names[flag] not in choices:
@@ -975,7 +975,7 @@ def check_tasks(args: Args, simulator: Simulator, addon: AddonTask, state: Any) 
         raise StopRun(what.format(*ours, args.env_id, *theirs))
     obs = np.tile(np.float32(jax.device_get(simulator.reset()[1])[0]), (2, 3, 1))  # so that t[7] is no t[..., 7]
     action = np.tile(simulator.low, (2, 3, 1))
-    for name, task in {args.addon: addon, args.basic: BASIC_TASKS.get(args.basic, NO_TASK)}.items():
+    for name, task in {args.addon: addon, args.basic: BASIC_TASKS.get(args.basic, addon)}.items():
         try:
             with np.errstate(all="ignore"):
                 reward = task.reward(task.quantity(obs, action, obs))

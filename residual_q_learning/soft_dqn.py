@@ -281,13 +281,13 @@ DISCRETE_TASKS = {
     "cart-pole-centre": AddonTask("CartPole", "|x| (m)", lambda s, a, t: abs(t[..., 0]), lambda x: -x / 2.4),
     "lunar-lander-engine": AddonTask("LunarLander", "main engine on", lambda s, a, t: a[..., 2], lambda x: -0.5 * x),
     "highway-right": AddonTask("highway-fast", "lane", lambda s, a, t: xp.round(3 * t[..., 2]), lambda x: 0.25 * x),
+    "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
 }
 BASIC_TASKS = {  # that stand for the environment's own reward
     "cart-pole-upright": AddonTask(
         "CartPole", "|θ| (rad)", lambda s, a, t: abs(t[..., 2]), lambda x: 1 - 10 * x / 0.2095
     ),
 }
-NO_TASK = AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x)
 
 
 class Simulator(NamedTuple):
@@ -612,7 +612,7 @@ def main(args: Args, open_run: Callable) -> None:
     """Train a policy; open_run is DiscreteRun, below, or what stands for it in a copy: log, and who keeps results."""
     simulator_of = partial(make_discrete_simulator, args.env_id, args.env_kwargs, args.basic)
     simulator = simulator_of(env_seeds(args.seed, TRAINING, args.num_envs))
-    task = DISCRETE_TASKS.get(args.addon, NO_TASK)._replace(coef=args.addon_coef)
+    task = DISCRETE_TASKS[args.addon]._replace(coef=args.addon_coef)
     actor = QNetwork(len(simulator.low), args.hidden_sizes)
     state = init_dqn_state(args, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS))
     with open_run(args, simulator, task, state) as run:
@@ -906,10 +906,11 @@ def results_table(quantity: str, results: Results) -> rich.table.Table:
 
 def choose_tasks(args: Args) -> Args:
     """The arguments with the names of tasks that the environment has; StopRun if there is none."""
-    env, names = args.env_id.rpartition("-v")[0], {}
-    for flag, tasks, none in (("basic", BASIC_TASKS, "own"), ("addon", DISCRETE_TASKS, "none")):
-        choices, name = [*(name for name, task in tasks.items() if task.env == env), none], getattr(args, flag)
-        if (flag, name, choices) == ("addon", "default", ["none"]):
+    names = {}
+    for flag, tasks in (("basic", BASIC_TASKS | {"own": DISCRETE_TASKS["none"]}), ("addon", DISCRETE_TASKS)):
+        choices = [name for name, task in tasks.items() if task.env in (args.env_id.rpartition("-v")[0], "")]
+        name = getattr(args, flag)
+        if name == "default" and choices == ["none"]:
             raise StopRun(f"{args.env_id} has no add-on task yet; add one to DISCRETE_TASKS, or give --addon none")
         names[flag] = choices[0] if name == "default" else name
         if names[flag] not in choices:
@@ -928,7 +929,7 @@ def check_tasks(args: Args, simulator: Simulator, addon: AddonTask, state: Any) 
         raise StopRun(what.format(*ours, args.env_id, *theirs))
     obs = np.tile(np.float32(jax.device_get(simulator.reset()[1])[0]), (2, 3, 1))  # so that t[7] is no t[..., 7]
     action = np.tile(simulator.low, (2, 3, 1))
-    for name, task in {args.addon: addon, args.basic: BASIC_TASKS.get(args.basic, NO_TASK)}.items():
+    for name, task in {args.addon: addon, args.basic: BASIC_TASKS.get(args.basic, addon)}.items():
         try:
             with np.errstate(all="ignore"):
                 reward = task.reward(task.quantity(obs, action, obs))

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 
 import gymnasium
 import jax
@@ -246,7 +248,7 @@ def counting_env(num_envs=2):
 
     low = np.zeros(2, np.float32)
     simulator = soft_dqn.Simulator(reset, step, 1, low, low + 1, jax.devices("cpu")[0], "counting")
-    return soft_dqn.make_env(simulator, soft_dqn.NO_TASK, squash=False)
+    return soft_dqn.make_env(simulator, soft_dqn.DISCRETE_TASKS["none"], squash=False)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.0])
@@ -471,6 +473,35 @@ def test_interrupted_run_goes_on_with_its_state(dqn_runs, tmp_path, monkeypatch)
 
 
 GOOD = ROOT / "priors" / "CartPole-v1.safetensors"
+CUT = "# A copy for a project of your own may end here; "
+LEAN_RUN = """
+class Run(contextlib.nullcontext):
+    def __init__(self, args, simulator, task, state):
+        self.args, self.state = args, state
+        super().__init__(self)
+
+    def write(self, iteration, state, metrics):
+        print(iteration, float(metrics["total_return"]))
+
+    def save_policy(self, policy, alpha, results):
+        Path("policy.safetensors").write_bytes(categorical_bytes(policy, self.args, alpha, results, {}))
+
+    def finish(self, quantity, results):
+        print(quantity, *results)
+"""
+
+
+def test_a_copy_cut_at_its_line_customises_a_prior(tmp_path):
+    kept, _ = (ROOT / "residual_q_learning" / "residual_dqn.py").read_text().split(CUT)
+    flags = "num_envs=2, num_steps=8, total_timesteps=64, learning_starts=32, eval_episodes=1, batch_size=4"
+    call = f"main(Args(prior=Path({str(GOOD)!r}), basic='own', addon='cart-pole-centre', {flags}), Run)"
+    (tmp_path / "my_dqn.py").write_text(f"{kept}{LEAN_RUN}\n\n{call}\n")
+    process = subprocess.run([sys.executable, "my_dqn.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.splitlines()[-1] == "|x| (m) prior customised"
+    residual_dqn.check_categorical_file(tmp_path / "policy.safetensors", "CartPole-v1")
+
+
 BAD_INPUT = {
     "unknown env": (soft_dqn, ("--env-id", "Unicorn-v5"), "Unicorn-v5.*list_all_envs"),
     "continuous actions": (soft_dqn, ("--env-id", "Hopper-v4"), "Hopper-v4 has the actions Box"),
