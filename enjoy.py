@@ -309,7 +309,8 @@ def check_categorical(tensors: dict[str, np.ndarray], metadata: dict[str, str]) 
     names = [f"actor.{2 * i}" for i in range(len(hidden_sizes) + 1)]
     if wrong := {f"{name}.{part}" for name in names for part in ("weight", "bias")} ^ tensors.keys():
         raise ValueError(f"the tensors {sorted(wrong)} are missing or unknown")
-    widths = [tensors["actor.0.weight"].shape[-1], *hidden_sizes, tensors[f"{names[-1]}.bias"].size]
+    num_inputs = tensors["actor.0.weight"].size // max(1, tensors["actor.0.bias"].size)
+    widths = [num_inputs, *hidden_sizes, tensors[f"{names[-1]}.bias"].size]
     shapes = {}
     for name, (width_in, width_out) in zip(names, itertools.pairwise(widths), strict=True):
         shapes |= {f"{name}.weight": (width_out, width_in), f"{name}.bias": (width_out,)}

@@ -1052,7 +1052,7 @@ def check_arrays(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 DQN_LIMITS = dict.fromkeys(("num_envs", "num_steps", "batch_size", "eval_episodes"), (1, np.inf))
-DQN_LIMITS |= dict.fromkeys(("target_network_frequency",), (1, np.inf))
+DQN_LIMITS |= {"target_network_frequency": (1, np.inf), "max_grad_norm": (1e-30, np.inf)}
 DQN_LIMITS |= dict.fromkeys(("gamma", "start_e", "end_e", "exploration_fraction", "munchausen", "tau"), (0, 1))
 DQN_LIMITS |= {"seed": (0, 2**30 - 1), "addon_coef": (-np.inf, np.inf), "learning_rate": (1e-30, np.inf)}
 
