@@ -154,10 +154,13 @@ ADDON_TASKS = {
     "half-cheetah-front-foot": AddonTask("HalfCheetah", "|θ| (rad)", lambda s, a, t: abs(t[..., 7]), lambda x: -10 * x),
     "half-cheetah-energy": AddonTask("HalfCheetah", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
     "hopper-height": AddonTask("Hopper", "z (m)", lambda s, a, t: t[..., 0], lambda z: 10 * (z - 1)),
+    "hopper-upright": AddonTask("Hopper", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -10 * x),
     "ant-right": AddonTask("Ant", "-v_y (m/s)", lambda s, a, t: -t[..., 14], lambda v: v),
+    "ant-left": AddonTask("Ant", "v_y (m/s)", lambda s, a, t: t[..., 14], lambda v: v),
     "ant-energy": AddonTask("Ant", "|a|²", lambda s, a, t: (a**2).sum(-1), lambda x: -0.1 * x),
     "swimmer-straight": AddonTask("Swimmer", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -0.5 * x),
     "walker-upright": AddonTask("Walker2d", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -10 * x),
+    "walker-height": AddonTask("Walker2d", "z (m)", lambda s, a, t: t[..., 0], lambda z: 10 * (z - 1)),
     "humanoid-right": AddonTask("Humanoid", "-v_y (m/s)", lambda s, a, t: -t[..., 23], lambda v: v),
     "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
 }
@@ -204,6 +207,7 @@ class NumpyPolicy(NamedTuple):
     log_std: Callable  # makes the log standard deviation of what the network gives, if that is where it comes from
     layers: list[tuple[np.ndarray, np.ndarray]]  # weight (out, in) and bias (out,) of each
     tensors: dict[str, np.ndarray]  # all, float32, as named in the file
+    discrete: bool = False  # the network gives the logits of actions, and there is no normaliser nor deviation
 
 
 ACTIVATIONS = {
@@ -257,6 +261,8 @@ def read_policy(path: Path) -> NumpyPolicy:
 def check_policy(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> NumpyPolicy:
     """Make a policy of a file's contents; ValueError says what is wrong with them."""
     tensors = {name: array for name, array in tensors.items() if not name.startswith("critic.")}
+    if "kind" in metadata:
+        return check_categorical(tensors, metadata)
     required, numbers = {"env_id", "squash", "hidden_sizes", "activation"}, {"alpha", "gamma", "survival_reward"}
     known = required | numbers | {"obs_clip", "log_std", "measured_alpha", "format", "returns", "training", "sha256"}
     if wrong := (required - metadata.keys()) | (metadata.keys() - known):
@@ -269,12 +275,11 @@ def check_policy(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Nu
         raise ValueError(f"its activation is {metadata['activation']}, none of {', '.join(ACTIVATIONS)}")
     if "log_std" in metadata and "actor_logstd" in tensors:
         raise ValueError("it has log_std, which is for a deviation that depends on the state; leave that key out")
-    alpha, gamma, survival, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
-    if not (0 <= alpha < math.inf and 0 <= gamma <= 1 and math.isfinite(survival) and obs_clip > 0):
-        raise ValueError(f"one of {alpha=}, {gamma=}, {survival=}, {obs_clip=} is impossible")
-    hidden_sizes = json.loads(metadata["hidden_sizes"])
-    if type(hidden_sizes) is not list or not all(type(size) is int and size > 0 for size in hidden_sizes):
-        raise ValueError(f"its hidden_sizes are {metadata['hidden_sizes']}, not a list of widths")
+    alpha, gamma, survival_reward, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
+    if not (0 <= alpha < math.inf and 0 <= gamma <= 1 and math.isfinite(survival_reward) and obs_clip > 0):
+        numbers = f"{alpha=}, {gamma=}, {survival_reward=}, {obs_clip=}"
+        raise ValueError(f"one of its numbers is impossible: {numbers}")
+    hidden_sizes = parse_widths(metadata["hidden_sizes"])
     check_tensors(tensors, hidden_sizes)
     names = [f"actor_mean.{2 * i}" for i in range(len(hidden_sizes) + 1)]
     return NumpyPolicy(
@@ -286,6 +291,53 @@ def check_policy(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Nu
         layers=[(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names],
         tensors=tensors,
     )
+
+
+def check_categorical(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> NumpyPolicy:
+    """Make a policy over discrete actions of a file's contents; ValueError says what is wrong with them."""
+    required = {"kind", "env_id", "hidden_sizes", "activation"}
+    known = required | {"alpha", "gamma", "format", "returns", "training", "sha256"}
+    if metadata["kind"] != "categorical":
+        raise ValueError(f"its kind is {metadata['kind']!r}; it can be categorical, or be left out for a Gaussian")
+    if wrong := (required - metadata.keys()) | (metadata.keys() - known):
+        raise ValueError(f"the metadata {sorted(wrong)} are missing or unknown")
+    if metadata.get("sha256", digest := policy_digest(tensors, metadata)) != digest:
+        raise ValueError("it is damaged (its sha256 does not match); copy or export it anew")
+    if metadata["activation"] not in ACTIVATIONS:
+        raise ValueError(f"its activation is {metadata['activation']}, none of {', '.join(ACTIVATIONS)}")
+    if not (0 <= float(metadata.get("alpha", 1)) < math.inf and 0 <= float(metadata.get("gamma", 1)) <= 1):
+        raise ValueError("its alpha or its gamma is impossible")
+    hidden_sizes = parse_widths(metadata["hidden_sizes"])
+    names = [f"actor.{2 * i}" for i in range(len(hidden_sizes) + 1)]
+    if wrong := {f"{name}.{part}" for name in names for part in ("weight", "bias")} ^ tensors.keys():
+        raise ValueError(f"the tensors {sorted(wrong)} are missing or unknown")
+    num_inputs = tensors["actor.0.weight"].size // max(1, tensors["actor.0.bias"].size)
+    widths = [num_inputs, *hidden_sizes, tensors[f"{names[-1]}.bias"].size]
+    shapes = {}
+    for name, (width_in, width_out) in zip(names, itertools.pairwise(widths), strict=True):
+        shapes |= {f"{name}.weight": (width_out, width_in), f"{name}.bias": (width_out,)}
+    check_shapes(tensors, shapes)
+    layers = [(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names]
+    return NumpyPolicy(
+        metadata["env_id"], False, ACTIVATIONS[metadata["activation"]], math.inf, np.exp, layers, tensors, discrete=True
+    )
+
+
+def parse_widths(text: str) -> list[int]:
+    """The metadata key hidden_sizes; ValueError if it is no list of widths."""
+    hidden_sizes = json.loads(text)
+    if type(hidden_sizes) is not list or not all(type(size) is int and size > 0 for size in hidden_sizes):
+        raise ValueError(f"its hidden_sizes are {text}, not a list of widths")
+    return hidden_sizes
+
+
+def check_shapes(tensors: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError unless the tensors have these shapes, and are sound."""
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape or tensors[name].dtype != np.float32:
+            raise ValueError(f"{name} is {tensors[name].dtype} {tensors[name].shape}, not float32 {shape}")
+        if not np.isfinite(tensors[name]).all() or (name == "obs_var" and (tensors[name] < 0).any()):
+            raise ValueError(f"{name} has impossible entries (NaN, infinite, or a negative variance)")
 
 
 def check_tensors(tensors: dict[str, np.ndarray], hidden_sizes: list[int]) -> None:
@@ -303,11 +355,7 @@ def check_tensors(tensors: dict[str, np.ndarray], hidden_sizes: list[int]) -> No
         shapes |= {"actor_logstd.weight": (widths[-1], widths[-2]), "actor_logstd.bias": (widths[-1],)}
     if wrong := shapes.keys() ^ tensors.keys():
         raise ValueError(f"the tensors {sorted(wrong)} are missing or unknown")
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape or tensors[name].dtype != np.float32:
-            raise ValueError(f"{name} is {tensors[name].dtype} {tensors[name].shape}, not float32 {shape}")
-        if not np.isfinite(tensors[name]).all() or (name == "obs_var" and (tensors[name] < 0).any()):
-            raise ValueError(f"{name} has impossible entries (NaN, infinite, or a negative variance)")
+    check_shapes(tensors, shapes)
     if np.abs(tensors.get("actor_logstd", 0)).max() > 10:
         raise ValueError("actor_logstd has entries beyond ±10, with which float32 cannot train")
 
@@ -370,7 +418,7 @@ def log_density(u: np.ndarray, mean: np.ndarray, log_std: np.ndarray, squash: bo
     return log_prob.sum(-1)
 
 
-def scores(imagined: Imagined, omega_prime: float, survival_reward: float, gamma: float) -> np.ndarray:
+def rollout_scores(imagined: Imagined, omega_prime: float, survival_reward: float, gamma: float) -> np.ndarray:
     """S of each rollout, (K,): sum gamma^t (r_R + omega' log pi), less gamma c / (1 - gamma) where it ends."""
     end = gamma * survival_reward / (1 - gamma)
     reward = imagined.addon + omega_prime * imagined.log_prob - end * imagined.ended
@@ -458,7 +506,7 @@ def present_state(model: Model) -> np.ndarray:
     return np.concatenate(([data.time], data.qpos, data.qvel))
 
 
-def simulate(model: Model, state: np.ndarray, action: np.ndarray) -> np.ndarray:
+def simulate_rollouts(model: Model, state: np.ndarray, action: np.ndarray) -> np.ndarray:
     """The states after one step of the environment each, (K, state_dim).
 
     Args: state (K, state_dim); action (K, action_dim), in the environment's units.
@@ -502,7 +550,7 @@ def imagine(model: Model, policy: NumpyPolicy, addon: AddonTask, noise: np.ndarr
             log_proposal = alive * log_density(u, mean[:1], log_std[:1] + log_k, policy.squash)
             log_prob = alive * log_density(u, mean[where], log_std[where], policy.squash)
         action = bounded(policy, u, space.low, space.high)
-        state = simulate(model, state, action)
+        state = simulate_rollouts(model, state, action)
         before, obs = obs, observations(model, state)
         reward, ended = addon.coef * addon.reward(addon.quantity(before, action, obs)), terminated(model, state)
         steps.append((u, alive * reward, alive * ended, log_prob, log_proposal))
@@ -510,11 +558,11 @@ def imagine(model: Model, policy: NumpyPolicy, addon: AddonTask, noise: np.ndarr
     return Imagined(*(np.stack(column, 1)[lead:] for column in zip(*steps, strict=True)))
 
 
-def plan(model: Model, policy: NumpyPolicy, addon: AddonTask, args: Args, rng: np.random.Generator) -> np.ndarray:
+def plan_step(model: Model, policy: NumpyPolicy, addon: AddonTask, args: Args, rng: np.random.Generator) -> np.ndarray:
     """The next action before squashing, (action_dim,), float32: the weighted mean over the samples."""
     noise = noise_pairs(rng, args.num_samples, args.horizon, model.env.action_space.shape[0])
     imagined = imagine(model, policy, addon, noise, args)
-    score = scores(imagined, args.omega_prime, args.survival_reward, args.gamma)
+    score = rollout_scores(imagined, args.omega_prime, args.survival_reward, args.gamma)
     weights = sample_weights(score, imagined.log_proposal.sum(1) * args.importance, args.temperature)
     return (weights @ imagined.u[:, 0]).astype(np.float32)
 
@@ -550,7 +598,7 @@ def play_planned(player: Player, policy: NumpyPolicy, addon: AddonTask, seed: in
     while not done and length < max_steps:
         before = obs.astype(np.float32)
         if player.planning:
-            u = plan(player.model, policy, addon, player.planning, rng)
+            u = plan_step(player.model, policy, addon, player.planning, rng)
         else:
             u, _ = mean_and_log_std(policy, before)
         action = bounded(policy, u, env.action_space.low, env.action_space.high)
@@ -679,7 +727,7 @@ def comparison_table(players: list[Player], results: list[list[Episode]], label:
 
 
 # What can work, from and to; None is for what is not given.
-BOUNDS = {
+FLAG_BOUNDS = {
     "episodes": (1, 10**6), "seed": (0, 2**31 - 1), "max_steps": (1, 10**6), "addon_coef": (-1e6, 1e6),
     "omega_prime": (0, 1e6), "temperature": (1e-12, 1e6), "survival_reward": (0, 1e6), "gamma": (0, 1 - 1e-6),
     "horizon": (1, 1000), "tail": (0, 1000), "num_samples": (1, 10**5), "noise_scale": (0, 100), "threads": (1, 256),
@@ -688,7 +736,7 @@ BOUNDS = {
 
 def check_planning_flags(args: Args) -> None:
     """StopRun if a flag cannot work, or would overwrite a file."""
-    for name, (low, high) in BOUNDS.items():
+    for name, (low, high) in FLAG_BOUNDS.items():
         if (value := getattr(args, name)) is not None and not low <= value <= high:
             raise StopRun(f"--{name.replace('_', '-')} is {value}; it must be from {low:g} to {high:g}")
     if min(args.video_size) < 2 or any(size % 2 for size in args.video_size):

@@ -44,7 +44,7 @@ def next_action(env_id, threads=1, seed=0, **planning):
     env, model, policy, obs = open_model(env_id, threads)
     args = dataclasses.replace(PLANNING, **planning)
     _, addon = residual_mppi.named_task(env_id, None, 1.0)
-    u = residual_mppi.plan(model, policy, addon, args, np.random.default_rng(seed))
+    u = residual_mppi.plan_step(model, policy, addon, args, np.random.default_rng(seed))
     return residual_mppi.bounded(policy, u, env.action_space.low, env.action_space.high), obs, env, policy
 
 
@@ -98,7 +98,7 @@ def test_score_is_the_discounted_sum_with_the_loss_of_an_end():
     )
     first = 1 + 0.9 * 2 + 0.81 * 3 + 0.5 * (-4 - 0.9 * 6)
     second = 1 + 0.9 * (2 - 0.9 * 2 / 0.1) - 0.5 * 5
-    np.testing.assert_allclose(residual_mppi.scores(imagined, 0.5, 2.0, 0.9), [first, second])
+    np.testing.assert_allclose(residual_mppi.rollout_scores(imagined, 0.5, 2.0, 0.9), [first, second])
 
 
 def test_greedy_ignores_the_priors_density():
@@ -106,7 +106,7 @@ def test_greedy_ignores_the_priors_density():
     rng = np.random.default_rng(0)
     addon, log_prob = rng.normal(size=(5, 3)), rng.normal(size=(5, 3))
     one, other = (
-        residual_mppi.scores(residual_mppi.Imagined(None, addon, 0 * addon, x, None), 0.0, 5.0, 0.99)
+        residual_mppi.rollout_scores(residual_mppi.Imagined(None, addon, 0 * addon, x, None), 0.0, 5.0, 0.99)
         for x in (log_prob, -9 * log_prob)
     )
     np.testing.assert_array_equal(one, other)
@@ -160,7 +160,7 @@ def test_observations_and_ends_of_states_are_gymnasiums(env_id):
 def test_model_foresees_the_environment_to_the_last_digits(env_id):
     env, model, _, _ = open_model(env_id)
     action = env.action_space.sample()
-    state = residual_mppi.simulate(model, residual_mppi.present_state(model)[None], action[None])
+    state = residual_mppi.simulate_rollouts(model, residual_mppi.present_state(model)[None], action[None])
     env.step(action)
     np.testing.assert_allclose(state[0], residual_mppi.present_state(model), atol=1e-12)
 
