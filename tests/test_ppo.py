@@ -720,6 +720,20 @@ def test_an_iteration_learns_from_its_reward_alone(first_state, other_policy, sq
             np.testing.assert_allclose(metrics["kl_to_prior"], (ours - priors)[valid].mean(), rtol=1e-4)
 
 
+def test_the_rate_that_follows_the_kl_is_the_policys_and_the_critic_keeps_the_schedule(first_state):
+    """In one gradient step from the same state: a tenth of the policy's step, the whole of the critic's."""
+    rollout, one_step = random_rollout(12, first_state), dataclasses.replace(ARGS, update_epochs=1, num_minibatches=1)
+    state = first_state.replace(policy_rate=jnp.float32(ARGS.learning_rate / 10))
+    fixed, following = (
+        ppo_update(dataclasses.replace(one_step, desired_kl=kl), state, *rollout)[0].params for kl in (0, 0.04)
+    )
+    for part, share in (("actor", 0.1), ("critic", 1)):
+        steps = [jax.tree.map(jnp.subtract, params[part], state.params[part]) for params in (fixed, following)]
+        for whole, found in zip(*map(jax.tree.leaves, steps), strict=True):
+            np.testing.assert_allclose(found, share * whole, rtol=1e-3, atol=1e-6)
+        assert max(float(abs(x).max()) for x in jax.tree.leaves(steps[0])) > 1e-3
+
+
 def test_target_kl_ends_the_update_after_the_epoch_that_exceeds_it(first_state):
     """A tiny one leaves one epoch of the three that the huge one of ARGS lets happen."""
     rollout = random_rollout(12, first_state)
