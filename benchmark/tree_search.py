@@ -74,14 +74,19 @@ def peer(problem: mcts.Problem, args: Args, count: int, rolls: bool):
         keys = jax.random.split(key)
         after, depth = sampled_step(problem, state, action, keys[0]), depth + 1
         discount = jnp.where(after == len(problem.log_prior) - 1, 0.0, problem.world.gamma)
-        values = value(after, depth, keys[1])
-        output = mctx.RecurrentFnOutput(problem.world.addon[state, action], discount, problem.log_prior[after], values)
+        output = mctx.RecurrentFnOutput(
+            reward=problem.world.addon[state, action],
+            discount=discount,
+            prior_logits=problem.log_prior[after],
+            value=value(after, depth, keys[1]),
+        )
         return output, (after, depth)
 
     @jax.jit
     def search(roots, key):
         depth = jnp.zeros_like(roots)
-        root = mctx.RootFnOutput(problem.log_prior[roots], value(roots, depth, key), (roots, depth))
+        logits, values = problem.log_prior[roots], value(roots, depth, key)
+        root = mctx.RootFnOutput(prior_logits=logits, value=values, embedding=(roots, depth))
         return mctx.muzero_policy((), key, root, recurrent, count, max_depth=args.horizon).search_tree.summary().qvalues
 
     return search
