@@ -42,6 +42,7 @@ Residual-MPPI: arXiv 2407.00898; the residual objective: arXiv 2306.09526, 2503.
     python residual_mppi.py --env-id Hopper-v4 --video hopper.mp4
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -243,121 +244,43 @@ def policy_digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> s
     return digest.hexdigest()
 
 
-def read_policy(path: Path) -> NumpyPolicy:
-    """Read a policy file, or the one in a run folder; StopRun if it is missing, damaged or of an unknown kind."""
+def read_prior(path: Path) -> tuple[NumpyPolicy, dict[str, str]]:
+    """A Gaussian policy, of a file or a run folder, and the metadata; StopRun if it is missing, damaged or of no use.
+
+    enjoy.py is the reference reader, and says more of what is wrong with a file.
+    """
+    required = {"env_id", "squash", "hidden_sizes", "activation"}
+    known = required | {"alpha", "gamma", "survival_reward", "obs_clip", "log_std", "measured_alpha"}
+    known |= {"format", "returns", "training", "sha256"}
     file = path / "policy.safetensors" if path.is_dir() else path
     try:
-        data = file.read_bytes()
-        tensors = safetensors.numpy.load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        return check_policy(tensors, metadata)
+        tensors = safetensors.numpy.load_file(file)
+        tensors = {name: x for name, x in tensors.items() if not name.startswith("critic.")}
+        with safetensors.safe_open(file, "numpy") as content:
+            info = content.metadata() or {}
+        if wrong := (required - info.keys()) | (info.keys() - known):
+            raise ValueError(f"the metadata {sorted(wrong)} are missing or unknown")
+        if info.get("sha256", digest := policy_digest(tensors, info)) != digest:
+            raise ValueError("it is damaged (its sha256 does not match); copy or export it anew")
+        names = [f"actor_mean.{2 * i}" for i in range(len(json.loads(info["hidden_sizes"])) + 1)]
+        policy = NumpyPolicy(
+            env_id=info["env_id"],
+            squash={"true": True, "false": False}[info["squash"]],
+            activation=ACTIVATIONS[info["activation"]],
+            obs_clip=float(info.get("obs_clip", 10)),
+            log_std=log_std_form(info.get("log_std", "clip -20 2")),
+            layers=[(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names],
+            tensors=tensors,
+        )
+        if not np.isfinite(mean_and_log_std(policy, tensors["obs_mean"])).all():
+            raise ValueError("it has entries that are NaN or infinite, or a negative variance")
     except FileNotFoundError:
-        hint = "the run is not complete" if path.is_dir() else "name a policy file or a run folder"
-        raise StopRun(f"there is no policy {file}; {hint}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise StopRun(f"the policy {file} cannot be used: {error}") from None
-
-
-def check_policy(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> NumpyPolicy:
-    """Make a policy of a file's contents; ValueError says what is wrong with them."""
-    tensors = {name: array for name, array in tensors.items() if not name.startswith("critic.")}
-    if "kind" in metadata:
-        return check_categorical(tensors, metadata)
-    required, numbers = {"env_id", "squash", "hidden_sizes", "activation"}, {"alpha", "gamma", "survival_reward"}
-    known = required | numbers | {"obs_clip", "log_std", "measured_alpha", "format", "returns", "training", "sha256"}
-    if wrong := (required - metadata.keys()) | (metadata.keys() - known):
-        raise ValueError(f"the metadata {sorted(wrong)} are missing or unknown")
-    if metadata.get("sha256", digest := policy_digest(tensors, metadata)) != digest:
-        raise ValueError("it is damaged (its sha256 does not match); copy or export it anew")
-    if metadata["squash"] not in ("true", "false"):
-        raise ValueError(f"its squash is {metadata['squash']}, neither true nor false")
-    if metadata["activation"] not in ACTIVATIONS:
-        raise ValueError(f"its activation is {metadata['activation']}, none of {', '.join(ACTIVATIONS)}")
-    if "log_std" in metadata and "actor_logstd" in tensors:
-        raise ValueError("it has log_std, which is for a deviation that depends on the state; leave that key out")
-    alpha, gamma, survival_reward, obs_clip = (float(metadata.get(x, 1)) for x in (*sorted(numbers), "obs_clip"))
-    if not (0 <= alpha < math.inf and 0 <= gamma <= 1 and math.isfinite(survival_reward) and obs_clip > 0):
-        numbers = f"{alpha=}, {gamma=}, {survival_reward=}, {obs_clip=}"
-        raise ValueError(f"one of its numbers is impossible: {numbers}")
-    hidden_sizes = parse_widths(metadata["hidden_sizes"])
-    check_tensors(tensors, hidden_sizes)
-    names = [f"actor_mean.{2 * i}" for i in range(len(hidden_sizes) + 1)]
-    return NumpyPolicy(
-        env_id=metadata["env_id"],
-        squash=metadata["squash"] == "true",
-        activation=ACTIVATIONS[metadata["activation"]],
-        obs_clip=float(metadata.get("obs_clip", 10)),
-        log_std=log_std_form(metadata.get("log_std", "clip -20 2")),
-        layers=[(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names],
-        tensors=tensors,
-    )
-
-
-def check_categorical(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> NumpyPolicy:
-    """Make a policy over discrete actions of a file's contents; ValueError says what is wrong with them."""
-    required = {"kind", "env_id", "hidden_sizes", "activation"}
-    known = required | {"alpha", "gamma", "format", "returns", "training", "sha256"}
-    if metadata["kind"] != "categorical":
-        raise ValueError(f"its kind is {metadata['kind']!r}; it can be categorical, or be left out for a Gaussian")
-    if wrong := (required - metadata.keys()) | (metadata.keys() - known):
-        raise ValueError(f"the metadata {sorted(wrong)} are missing or unknown")
-    if metadata.get("sha256", digest := policy_digest(tensors, metadata)) != digest:
-        raise ValueError("it is damaged (its sha256 does not match); copy or export it anew")
-    if metadata["activation"] not in ACTIVATIONS:
-        raise ValueError(f"its activation is {metadata['activation']}, none of {', '.join(ACTIVATIONS)}")
-    if not (0 <= float(metadata.get("alpha", 1)) < math.inf and 0 <= float(metadata.get("gamma", 1)) <= 1):
-        raise ValueError("its alpha or its gamma is impossible")
-    hidden_sizes = parse_widths(metadata["hidden_sizes"])
-    names = [f"actor.{2 * i}" for i in range(len(hidden_sizes) + 1)]
-    if wrong := {f"{name}.{part}" for name in names for part in ("weight", "bias")} ^ tensors.keys():
-        raise ValueError(f"the tensors {sorted(wrong)} are missing or unknown")
-    num_inputs = tensors["actor.0.weight"].size // max(1, tensors["actor.0.bias"].size)
-    widths = [num_inputs, *hidden_sizes, tensors[f"{names[-1]}.bias"].size]
-    shapes = {}
-    for name, (width_in, width_out) in zip(names, itertools.pairwise(widths), strict=True):
-        shapes |= {f"{name}.weight": (width_out, width_in), f"{name}.bias": (width_out,)}
-    check_shapes(tensors, shapes)
-    layers = [(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names]
-    return NumpyPolicy(
-        metadata["env_id"], False, ACTIVATIONS[metadata["activation"]], math.inf, np.exp, layers, tensors, discrete=True
-    )
-
-
-def parse_widths(text: str) -> list[int]:
-    """The metadata key hidden_sizes; ValueError if it is no list of widths."""
-    hidden_sizes = json.loads(text)
-    if type(hidden_sizes) is not list or not all(type(size) is int and size > 0 for size in hidden_sizes):
-        raise ValueError(f"its hidden_sizes are {text}, not a list of widths")
-    return hidden_sizes
-
-
-def check_shapes(tensors: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> None:
-    """ValueError unless the tensors have these shapes, and are sound."""
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape or tensors[name].dtype != np.float32:
-            raise ValueError(f"{name} is {tensors[name].dtype} {tensors[name].shape}, not float32 {shape}")
-        if not np.isfinite(tensors[name]).all() or (name == "obs_var" and (tensors[name] < 0).any()):
-            raise ValueError(f"{name} has impossible entries (NaN, infinite, or a negative variance)")
-
-
-def check_tensors(tensors: dict[str, np.ndarray], hidden_sizes: list[int]) -> None:
-    """ValueError unless these are the tensors of a policy with such hidden layers, and sound."""
-    last = 2 * len(hidden_sizes)
-    if missing := {"obs_mean", f"actor_mean.{last}.bias"} - tensors.keys():
-        raise ValueError(f"the tensors {sorted(missing)} are missing")
-    widths = [tensors["obs_mean"].size, *hidden_sizes, tensors[f"actor_mean.{last}.bias"].size]
-    shapes = {"obs_mean": (widths[0],), "obs_var": (widths[0],)}
-    for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
-        shapes |= {f"actor_mean.{2 * i}.weight": (width_out, width_in), f"actor_mean.{2 * i}.bias": (width_out,)}
-    if "actor_logstd" in tensors:
-        shapes["actor_logstd"] = (widths[-1],)
-    else:
-        shapes |= {"actor_logstd.weight": (widths[-1], widths[-2]), "actor_logstd.bias": (widths[-1],)}
-    if wrong := shapes.keys() ^ tensors.keys():
-        raise ValueError(f"the tensors {sorted(wrong)} are missing or unknown")
-    check_shapes(tensors, shapes)
-    if np.abs(tensors.get("actor_logstd", 0)).max() > 10:
-        raise ValueError("actor_logstd has entries beyond ±10, with which float32 cannot train")
+        raise StopRun(
+            f"there is no policy {path}; name a policy file, or the folder of a run that is complete"
+        ) from None
+    except Exception as error:  # a damaged file can fail in any way
+        raise StopRun(f"the policy {path} cannot be used: {type(error).__name__}: {error}") from None
+    return policy, info
 
 
 def default_prior(env_id: str) -> Path:
@@ -398,9 +321,9 @@ def bounded(policy: NumpyPolicy, u: np.ndarray, low: np.ndarray, high: np.ndarra
 class Imagined(NamedTuple):
     """What K rollouts in the model have come to; after an end there are zeros."""
 
-    u: np.ndarray  # (K, H + tail, action_dim), the actions before squashing
+    u: np.ndarray  # (K, H, action_dim), the disturbed actions before squashing
     addon: np.ndarray  # (K, H + tail), add-on reward of each step
-    ended: np.ndarray  # (K, H + tail), 1 where the episode terminates in this step
+    ended: np.ndarray  # (K, H + tail), whether the episode terminates in this step
     log_prob: np.ndarray  # (K, H + tail), log pi of the prior; in the tail 0
     log_proposal: np.ndarray  # (K, H + tail), log g of the distribution that the actions are drawn from; in the tail 0
 
@@ -474,6 +397,7 @@ class Model(NamedTuple):
     robot: Robot
     pool: Any  # mujoco.rollout.Rollout
     data: list[Any]  # an mujoco.MjData for each thread
+    healthy: tuple[np.ndarray, np.ndarray]  # bounds of the state, from its height on, outside which an episode ends
 
 
 def make_model(env_id: str, threads: int) -> Model:
@@ -491,7 +415,8 @@ def make_model(env_id: str, threads: int) -> Model:
         raise StopRun(f"Gymnasium cannot open {env_id} ({error})") from None
     if robot is not None:
         pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)  # 0: in this thread
-        model = Model(env, robot, pool, [mujoco.MjData(env.model) for _ in range(threads)])
+        data = [mujoco.MjData(env.model) for _ in range(threads)]
+        model = Model(env, robot, pool, data, healthy_bounds(env, robot))
         if np.array_equal(observations(model, present_state(model)), obs.astype(np.float32)):
             return model
     raise StopRun(
@@ -506,29 +431,41 @@ def present_state(model: Model) -> np.ndarray:
     return np.concatenate(([data.time], data.qpos, data.qvel))
 
 
+def healthy_bounds(env: Any, robot: Robot) -> tuple[np.ndarray, np.ndarray]:
+    """The environment's own healthy ranges, as bounds of the state from robot.height on: (state_dim - height,) each."""
+    low, high = np.tile([[-np.inf], [np.inf]], 1 + env.model.nq + env.model.nv)
+    for name, part in (("state", slice(3, None)), ("z", robot.height), ("angle", 3)):
+        least, most = getattr(env, f"_healthy_{name}_range", (-np.inf, np.inf))
+        low[part], high[part] = np.maximum(low[part], least), np.minimum(high[part], most)
+    return low[robot.height :], high[robot.height :]
+
+
 def simulate_rollouts(model: Model, state: np.ndarray, action: np.ndarray) -> np.ndarray:
     """The states after one step of the environment each, (K, state_dim).
 
     Args: state (K, state_dim); action (K, action_dim), in the environment's units.
     """
-    control = np.repeat(action[:, None].astype(np.float64), model.env.frame_skip, axis=1)
-    return model.pool.rollout(model.env.model, model.data, state, control)[0][:, -1]
+    physics, steps = [model.env.model] * len(state), model.env.frame_skip
+    control = np.repeat(action[:, None].astype(np.float64), steps, axis=1)
+    states = np.empty((len(state), steps, state.shape[1]))
+    # Unless skipped, checks take longer than all else that is done here beside the physics.
+    model.pool.rollout(physics, model.data, state, control, skip_checks=True, nstep=steps, state=states)
+    return states[:, -1].copy()
 
 
 def observations(model: Model, state: np.ndarray) -> np.ndarray:
     """Gymnasium's observations of states (..., state_dim): (..., obs_dim), float32."""
-    robot, nq = model.robot, model.env.model.nq
-    position, velocity = state[..., 1 + robot.hidden : 1 + nq], state[..., 1 + nq :]
-    return np.concatenate((position, np.clip(velocity, -robot.max_speed, robot.max_speed)), -1).astype(np.float32)
+    obs, speed = state[..., 1 + model.robot.hidden :].astype(np.float32), model.robot.max_speed
+    if speed < np.inf:
+        velocity = obs[..., model.env.model.nq - model.robot.hidden :]
+        np.maximum(np.minimum(velocity, speed), -speed, out=velocity)
+    return obs
 
 
 def terminated(model: Model, state: np.ndarray) -> np.ndarray:
-    """Whether Gymnasium ends an episode in states (..., state_dim): by the environment's own healthy ranges; (...)."""
-    healthy, z = np.ones(state.shape[:-1], bool), model.robot.height
-    for name, part in (("z", slice(z, z + 1)), ("angle", slice(3, 4)), ("state", slice(3, None))):
-        low, high = getattr(model.env, f"_healthy_{name}_range", (-np.inf, np.inf))
-        healthy &= ((low < state[..., part]) & (state[..., part] < high)).all(-1)
-    return ~healthy
+    """Whether Gymnasium ends an episode in states (..., state_dim): outside its healthy ranges; (...)."""
+    (low, high), x = model.healthy, state[..., model.robot.height :]
+    return ~((low < x) & (x < high)).all(-1)
 
 
 # ------------------------------------------------------------------------------------ planning
@@ -539,23 +476,25 @@ def imagine(model: Model, policy: NumpyPolicy, addon: AddonTask, noise: np.ndarr
     lead = int(args.horizon > 1)  # first, a rollout without noise: the plan of the others
     noise = np.concatenate((np.zeros_like(noise[:lead]), noise))
     state, space = np.tile(present_state(model), (len(noise), 1)), model.env.action_space
-    obs, alive, steps = observations(model, state), np.ones(len(noise)), []
+    obs, actions, shape = observations(model, state), [], (len(noise), args.horizon + args.tail)
+    reward, log_prob, log_proposal, ended = np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
+    log_k, where = np.log(args.noise_scale or 1), slice(None if args.reached else 1)
     for t in range(args.horizon + args.tail):
         u, log_std = mean_and_log_std(policy, obs)
-        log_prob = log_proposal = 0 * alive
         if t < args.horizon:
             mean, log_std = u, np.broadcast_to(log_std, u.shape)
             u = mean[:1] + args.noise_scale * np.exp(log_std[:1]) * noise[:, t]
-            log_k, where = np.log(args.noise_scale or 1), slice(None if args.reached else 1)
-            log_proposal = alive * log_density(u, mean[:1], log_std[:1] + log_k, policy.squash)
-            log_prob = alive * log_density(u, mean[where], log_std[where], policy.squash)
+            log_proposal[:, t] = log_density(u, mean[:1], log_std[:1] + log_k, policy.squash)
+            log_prob[:, t] = log_density(u, mean[where], log_std[where], policy.squash)
+            actions.append(u)
         action = bounded(policy, u, space.low, space.high)
         state = simulate_rollouts(model, state, action)
         before, obs = obs, observations(model, state)
-        reward, ended = addon.coef * addon.reward(addon.quantity(before, action, obs)), terminated(model, state)
-        steps.append((u, alive * reward, alive * ended, log_prob, log_proposal))
-        alive = alive * ~ended
-    return Imagined(*(np.stack(column, 1)[lead:] for column in zip(*steps, strict=True)))
+        reward[:, t] = addon.coef * addon.reward(addon.quantity(before, action, obs))
+        ended[:, t] = terminated(model, state)
+    alive = ended.cumsum(1) == ended  # before this step there was no end
+    found = np.stack(actions, 1), alive * reward, alive & ended, alive * log_prob, alive * log_proposal
+    return Imagined(*(x[lead:] for x in found))
 
 
 def plan_step(model: Model, policy: NumpyPolicy, addon: AddonTask, args: Args, rng: np.random.Generator) -> np.ndarray:
@@ -567,7 +506,7 @@ def plan_step(model: Model, policy: NumpyPolicy, addon: AddonTask, args: Args, r
     return (weights @ imagined.u[:, 0]).astype(np.float32)
 
 
-class Episode(NamedTuple):
+class PlannedEpisode(NamedTuple):
     """What an episode has come to."""
 
     seed: int
@@ -576,6 +515,7 @@ class Episode(NamedTuple):
     total: float
     quantity: float  # of the add-on task, mean over the steps
     length: int  # steps
+    seconds: float  # of planning and of the environment
 
 
 class Player(NamedTuple):
@@ -586,17 +526,19 @@ class Player(NamedTuple):
     model: Model
 
 
-def play_planned(player: Player, policy: NumpyPolicy, addon: AddonTask, seed: int, max_steps: int) -> Iterator[Episode]:
+def play_planned(
+    player: Player, policy: NumpyPolicy, addon: AddonTask, seed: int, max_steps: int
+) -> Iterator[PlannedEpisode]:
     """Play an episode, yielding what it has come to after the reset and after each step.
 
     Environment and noise follow from the seed, so all that play with one seed start in the same state.
     """
     env, rng = player.model.env, np.random.default_rng(seed)
     obs, _ = env.reset(seed=seed)
-    basic, bonus, quantity, length, done = 0.0, 0.0, 0.0, 0, False
-    yield Episode(seed, basic, bonus, basic + bonus, quantity, length)
+    basic, bonus, quantity, length, seconds, done = 0.0, 0.0, 0.0, 0, 0.0, False
+    yield PlannedEpisode(seed, basic, bonus, basic + bonus, quantity, length, seconds)
     while not done and length < max_steps:
-        before = obs.astype(np.float32)
+        before, start = obs.astype(np.float32), time.perf_counter()
         if player.planning:
             u = plan_step(player.model, policy, addon, player.planning, rng)
         else:
@@ -609,23 +551,28 @@ def play_planned(player: Player, policy: NumpyPolicy, addon: AddonTask, seed: in
             raise StopRun(f"the add-on reward on {addon.label} is {addon_reward}; mend the task", 1)
         basic, bonus = basic + float(reward), bonus + addon.coef * addon_reward
         quantity, length = quantity + float(measured[0]), length + 1
-        yield Episode(seed, basic, bonus, basic + bonus, quantity / length, length)
+        seconds += time.perf_counter() - start
+        yield PlannedEpisode(seed, basic, bonus, basic + bonus, quantity / length, length, seconds)
 
 
 def play_players(
-    players: list[Player], policy: NumpyPolicy, addon: AddonTask, args: Args
-) -> tuple[list[list[Episode]], list[float]]:
-    """All episodes of each player, and the seconds that it took."""
-    results, seconds = [[] for _ in players], [0.0 for _ in players]
+    players: list[Player], policy: NumpyPolicy, addon: AddonTask, args: Args, film: Callable | None
+) -> list[list[PlannedEpisode]]:
+    """All episodes of each player. They play side by side; film is called after each step of the first episode."""
+    results = [[] for _ in players]
     with rich.progress.Progress(console=CONSOLE, transient=True, disable=not CONSOLE.is_terminal) as progress:
-        bar = progress.add_task("", total=args.episodes * len(players) * args.max_steps)
-        for seed, (i, player) in itertools.product(range(args.seed, args.seed + args.episodes), enumerate(players)):
-            before, start = args.max_steps * (len(players) * (seed - args.seed) + i), time.perf_counter()
-            for episode in play_planned(player, policy, addon, seed, args.max_steps):
-                progress.update(bar, completed=before + episode.length, description=f"seed {seed}, {player.name}")
-            results[i].append(episode)
-            seconds[i] += time.perf_counter() - start
-    return results, seconds
+        bar = progress.add_task("", total=args.episodes * args.max_steps)
+        for i in range(args.episodes):
+            seed, episodes = args.seed + i, [None for _ in players]
+            games = [play_planned(player, policy, addon, seed, args.max_steps) for player in players]
+            for step, now in enumerate(itertools.zip_longest(*games)):  # None is of a game that has ended
+                episodes = [new or old for new, old in zip(now, episodes, strict=True)]
+                if film and i == 0:
+                    film(step)
+                progress.update(bar, completed=i * args.max_steps + step, description=f"seed {seed}")
+            for kept, episode in zip(results, episodes, strict=True):
+                kept.append(episode)
+    return results
 
 
 # --------------------------------------------------------------------------------------- video
@@ -650,37 +597,33 @@ def open_renderer(env: Any, size: tuple[int, int]) -> Any:
     return renderer
 
 
-def video_frames(players: list[Iterator], envs: list[Any], renderer: Any, every: int) -> Iterator[np.ndarray]:
-    """A frame (height, width, 3) for each every-th step of players, which play in envs, side by side.
+@contextlib.contextmanager
+def open_film(path: Path, envs: list[Any], size: tuple[int, int]) -> Iterator[Callable]:
+    """A function of the step that adds a picture of all envs side by side, at the robot's speed, in about 20 a second.
 
-    Who has ended stays still on the last picture.
+    Who has ended stays still on the last picture.  The file appears when all is played.
     """
+    import imageio
+
+    renderer, every = open_renderer(envs[0], size), max(1, round(0.05 / envs[0].dt))
     camera = 0 if renderer.model.ncam else -1  # the model's own, which follows the robot, else a free one
-    for step, _ in enumerate(itertools.zip_longest(*players)):
+    options = {"fps": 1 / (every * envs[0].dt), "macro_block_size": 1, "ffmpeg_log_level": "error"}
+    if path.suffix == ".gif":
+        options |= {"codec": "gif", "pixelformat": "rgb8", "output_params": ["-loop", "0", "-f", "gif"]}
+    temporary = path.with_name(path.name + ".tmp.mp4")  # imageio gives ffmpeg no other names
+
+    def film(step):
         if step % every == 0:
             pictures = []
             for env in envs:
-                renderer.update_scene(env.unwrapped.data, camera)
+                renderer.update_scene(env.data, camera)
                 pictures.append(renderer.render())
-            yield np.hstack(pictures)
+            video.append_data(np.hstack(pictures))
 
-
-def record_players(players: list[Player], policy: NumpyPolicy, addon: AddonTask, renderer: Any, args: Args) -> None:
-    """Record the first episode of each player, side by side, at the robot's speed, in about 20 frames per second."""
-    import imageio
-
-    games = [play_planned(player, policy, addon, args.seed, args.max_steps) for player in players]
-    envs = [player.model.env for player in players]
-    every = max(1, round(0.05 / envs[0].dt))
-    options = {"fps": 1 / (every * envs[0].dt), "macro_block_size": 1, "ffmpeg_log_level": "error"}
-    if args.video.suffix == ".gif":
-        options |= {"codec": "gif", "pixelformat": "rgb8", "output_params": ["-loop", "0", "-f", "gif"]}
-    temporary = args.video.with_name(args.video.name + ".tmp.mp4")  # imageio gives ffmpeg no other names
     try:
         with imageio.get_writer(temporary, format="FFMPEG", **options) as video:
-            for frame in video_frames(games, envs, renderer, every):
-                video.append_data(frame)
-        os.replace(temporary, args.video)
+            yield film
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -688,32 +631,10 @@ def record_players(players: list[Player], policy: NumpyPolicy, addon: AddonTask,
 # ---------------------------------------------------------------------------------------- main
 
 
-class Console(rich.console.Console):
-    """A terminal whose reader may go away: the run goes on."""
-
-    def on_broken_pipe(self) -> None:
-        """Say it once, where it can still be read."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("standard output is closed; going on without it", file=sys.stderr, flush=True)
+CONSOLE = rich.console.Console(highlight=False, soft_wrap=True)
 
 
-CONSOLE = Console(highlight=False, soft_wrap=True)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file such that a crash leaves the old one or the new one, never half of one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def comparison_table(players: list[Player], results: list[list[Episode]], label: str) -> rich.table.Table:
+def comparison_table(players: list[Player], results: list[list[PlannedEpisode]], label: str) -> rich.table.Table:
     """Mean ± standard deviation over the episodes of each player; label names the add-on task's quantity."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for name in ("", *(player.name for player in players)):
@@ -752,22 +673,18 @@ def check_planning_flags(args: Args) -> None:
             raise StopRun(f"{flag} cannot write to the folder {path.parent}; create it, or name another")
 
 
-def complete(args: Args, policy: NumpyPolicy, path: Path) -> Args:
-    """With what the flags leave open, of the prior's file and of ROBOTS; StopRun if these do not know it."""
-    env_id = args.env_id or policy.env_id
+def complete(args: Args, policy: NumpyPolicy, info: dict[str, str], path: Path) -> Args:
+    """With what the flags leave open, of the prior, its metadata and path, and ROBOTS; StopRun if these do not say."""
+    env_id, alpha = args.env_id or policy.env_id, float(info.get("alpha", 0))
     if policy.env_id.rpartition("-v")[0] != env_id.rpartition("-v")[0]:
         raise StopRun(f"a policy for {policy.env_id} cannot play in {env_id}; change --env-id or --prior")
-    with safetensors.safe_open(path / "policy.safetensors" if path.is_dir() else path, "numpy") as content:
-        info = content.metadata()
-    alpha = float(info.get("alpha", 0))
     if alpha == 0 and None in (args.omega_prime, args.temperature):
         raise StopRun(f"{path} names no temperature alpha above 0; give --omega-prime and --temperature")
     robot = ROBOTS.get(env_id.rpartition("-v")[0], ROBOTS["HalfCheetah"])
-    open_to_robot = {"num_samples": robot.num_samples, "horizon": robot.horizon, "tail": robot.tail}
-    survival_reward = float(info.get("survival_reward", 0))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    defaults = {"env_id": env_id, "prior": path, "omega_prime": alpha, "temperature": alpha, "threads": cores}
-    defaults |= {"survival_reward": survival_reward} | open_to_robot
+    defaults = {name: getattr(robot, name) for name in ("num_samples", "horizon", "tail")}
+    defaults |= {"env_id": env_id, "prior": path, "omega_prime": alpha, "temperature": alpha}
+    defaults["survival_reward"] = float(info.get("survival_reward", 0))
+    defaults["threads"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
 
 
@@ -788,37 +705,36 @@ def main(args: Args) -> None:
     """Play, show and record."""
     check_planning_flags(args)
     path = args.prior or default_prior(args.env_id or "HalfCheetah-v4")
-    policy = read_policy(path)
-    args = complete(args, policy, path)
+    policy, info = read_prior(path)
+    args = complete(args, policy, info, path)
     task, addon = named_task(args.env_id, args.addon, args.addon_coef)
     players = open_players(policy, args)
     env = players[0].model.env
     check_task(task, addon, env.reset(seed=args.seed)[0], env.action_space.sample())
-    renderer = open_renderer(env, args.video_size) if args.video else None
 
     CONSOLE.print(
         f"[bold]{args.env_id}[/bold], episodes: {args.episodes}, seed: {args.seed}, add-on: {addon.coef:g} x {task}\n"
         f"prior {path}; {args.num_samples} samples of {args.horizon} + {args.tail} steps, omega' {args.omega_prime:g}, "
         f"temperature {args.temperature:g}, c {args.survival_reward:g}"
     )
-    results, seconds = play_players(players, policy, addon, args)
-    CONSOLE.print(comparison_table(players, results, addon.label))
-    thousands = sum(episode.length for episode in results[-1]) / 1000
-    physics = 1000 * thousands * args.num_samples * (args.horizon + args.tail) * env.frame_skip
-    CONSOLE.print(
-        f"residual: {seconds[-1] / thousands:.1f} s per 1000 steps, which are {1000 * env.dt:.0f} s of the robot's "
-        f"time; {physics / seconds[-1]:,.0f} physics steps/s"
-    )
+    recording = open_film(args.video, [x.model.env for x in players], args.video_size) if args.video else None
+    with recording or contextlib.nullcontext() as film:
+        results = play_players(players, policy, addon, args, film)
     if args.json:
-        rows = zip(players, seconds, results, strict=True)
-        played = [{"name": x.name, "seconds": s, "episodes": [e._asdict() for e in es]} for x, s, es in rows]
+        pairs = zip(players, results, strict=True)
+        played = [{"name": player.name, "episodes": [x._asdict() for x in episodes]} for player, episodes in pairs]
         content = {"settings": vars(args) | {"addon": task}, "quantity": addon.label, "players": played}
-        write_atomic(args.json, json.dumps(content, indent=1, default=str).encode())
-        CONSOLE.print(f"every episode is in {shlex.quote(str(args.json))}")
-    if args.video:
-        CONSOLE.print("recording ...")  # which plays once more, and takes minutes without a GPU
-        record_players(players, policy, addon, renderer, args)
-        CONSOLE.print(f"the first episode is in {shlex.quote(str(args.video))}")
+        args.json.write_text(json.dumps(content, indent=1, default=str))
+    CONSOLE.print(comparison_table(players, results, addon.label))
+    steps, seconds = (sum(getattr(x, name) for x in results[-1]) for name in ("length", "seconds"))
+    physics = steps * args.num_samples * (args.horizon + args.tail) * env.frame_skip
+    CONSOLE.print(
+        f"residual: {1000 * seconds / steps:.1f} s per 1000 steps, which are {1000 * env.dt:.0f} s of the robot's "
+        f"time; {physics / seconds:,.0f} physics steps/s"
+    )
+    for path, what in ((args.json, "every episode"), (args.video, "the first episode")):
+        if path:
+            CONSOLE.print(f"{what} is in {shlex.quote(str(path))}")
 
 
 def end(message: str, exit_code: int) -> None:

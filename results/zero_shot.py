@@ -96,7 +96,8 @@ def settings() -> Iterator[Setting]:
 
 def mean_deviation(env_id: str) -> float:
     """Of the shipped prior's actions before squashing."""
-    return float(np.exp(mppi.read_policy(mppi.default_prior(env_id)).tensors["actor_logstd"]).mean())
+    policy, _ = mppi.read_prior(mppi.default_prior(env_id))
+    return float(np.exp(policy.tensors["actor_logstd"]).mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +127,8 @@ def open_game(setting: Setting) -> Game:
     """What residual_mppi.py makes of the flags."""
     flags = ["--env-id", setting.env_id, "--threads", "1", *setting.flags.split()]
     args, path = tyro.cli(mppi.Args, args=flags), mppi.default_prior(setting.env_id)
-    policy = mppi.read_policy(path)
-    args = mppi.complete(args, policy, path)
+    policy, info = mppi.read_prior(path)
+    args = mppi.complete(args, policy, info, path)
     (player,) = (player for player in mppi.open_players(policy, args) if player.name == setting.player)
     return Game(args, policy, mppi.named_task(args.env_id, None, 1.0)[1], player)
 
@@ -153,7 +154,7 @@ def speed(game: Game, seed: int) -> dict[str, str]:
             state = np.tile(mppi.present_state(model), (args.num_samples, 1))
             control = rng.uniform(space.low, space.high, (args.num_samples, 1, space.shape[0])).repeat(length, 1)
             times = [time.process_time()]
-            u = mppi.plan(model, game.policy, game.addon, args, rng)
+            u = mppi.plan_step(model, game.policy, game.addon, args, rng)
             times.append(time.process_time())
             model.pool.rollout(env.model, model.data, state, control)
             times.append(time.process_time())

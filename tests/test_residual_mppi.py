@@ -35,7 +35,7 @@ def open_model(env_id, threads=1):
         obs, _, ended, _, _ = env.step(env.action_space.sample())
         if ended:
             obs, _ = env.reset()
-    policy = residual_mppi.read_policy(prior_of(env_id))
+    policy, _ = residual_mppi.read_prior(prior_of(env_id))
     return env, model, policy, obs
 
 
