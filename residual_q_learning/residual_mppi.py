@@ -262,7 +262,8 @@ def read_prior(path: Path) -> tuple[NumpyPolicy, dict[str, str]]:
             raise ValueError(f"the metadata {sorted(wrong)} are missing or unknown")
         if info.get("sha256", digest := policy_digest(tensors, info)) != digest:
             raise ValueError("it is damaged (its sha256 does not match); copy or export it anew")
-        names = [f"actor_mean.{2 * i}" for i in range(len(json.loads(info["hidden_sizes"])) + 1)]
+        hidden_sizes = json.loads(info["hidden_sizes"])
+        names = [f"actor_mean.{2 * i}" for i in range(len(hidden_sizes) + 1)]
         policy = NumpyPolicy(
             env_id=info["env_id"],
             squash={"true": True, "false": False}[info["squash"]],
@@ -272,6 +273,8 @@ def read_prior(path: Path) -> tuple[NumpyPolicy, dict[str, str]]:
             layers=[(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names],
             tensors=tensors,
         )
+        if hidden_sizes != [len(bias) for _, bias in policy.layers[:-1]]:
+            raise ValueError(f"its layers are not as its hidden_sizes say, {hidden_sizes}")
         if not np.isfinite(mean_and_log_std(policy, tensors["obs_mean"])).all():
             raise ValueError("it has entries that are NaN or infinite, or a negative variance")
     except FileNotFoundError:
@@ -560,7 +563,7 @@ def play_players(
 ) -> list[list[PlannedEpisode]]:
     """All episodes of each player. They play side by side; film is called after each step of the first episode."""
     results = [[] for _ in players]
-    with rich.progress.Progress(console=CONSOLE, transient=True, disable=not CONSOLE.is_terminal) as progress:
+    with rich.progress.Progress(console=TERMINAL, transient=True, disable=not TERMINAL.is_terminal) as progress:
         bar = progress.add_task("", total=args.episodes * args.max_steps)
         for i in range(args.episodes):
             seed, episodes = args.seed + i, [None for _ in players]
@@ -631,7 +634,7 @@ def open_film(path: Path, envs: list[Any], size: tuple[int, int]) -> Iterator[Ca
 # ---------------------------------------------------------------------------------------- main
 
 
-CONSOLE = rich.console.Console(highlight=False, soft_wrap=True)
+TERMINAL = rich.console.Console(highlight=False, soft_wrap=True)
 
 
 def comparison_table(players: list[Player], results: list[list[PlannedEpisode]], label: str) -> rich.table.Table:
@@ -712,7 +715,7 @@ def main(args: Args) -> None:
     env = players[0].model.env
     check_task(task, addon, env.reset(seed=args.seed)[0], env.action_space.sample())
 
-    CONSOLE.print(
+    TERMINAL.print(
         f"[bold]{args.env_id}[/bold], episodes: {args.episodes}, seed: {args.seed}, add-on: {addon.coef:g} x {task}\n"
         f"prior {path}; {args.num_samples} samples of {args.horizon} + {args.tail} steps, omega' {args.omega_prime:g}, "
         f"temperature {args.temperature:g}, c {args.survival_reward:g}"
@@ -725,16 +728,16 @@ def main(args: Args) -> None:
         played = [{"name": player.name, "episodes": [x._asdict() for x in episodes]} for player, episodes in pairs]
         content = {"settings": vars(args) | {"addon": task}, "quantity": addon.label, "players": played}
         args.json.write_text(json.dumps(content, indent=1, default=str))
-    CONSOLE.print(comparison_table(players, results, addon.label))
+    TERMINAL.print(comparison_table(players, results, addon.label))
     steps, seconds = (sum(getattr(x, name) for x in results[-1]) for name in ("length", "seconds"))
     physics = steps * args.num_samples * (args.horizon + args.tail) * env.frame_skip
-    CONSOLE.print(
+    TERMINAL.print(
         f"residual: {1000 * seconds / steps:.1f} s per 1000 steps, which are {1000 * env.dt:.0f} s of the robot's "
         f"time; {physics / seconds:,.0f} physics steps/s"
     )
     for path, what in ((args.json, "every episode"), (args.video, "the first episode")):
         if path:
-            CONSOLE.print(f"{what} is in {shlex.quote(str(path))}")
+            TERMINAL.print(f"{what} is in {shlex.quote(str(path))}")
 
 
 def end(message: str, exit_code: int) -> None:

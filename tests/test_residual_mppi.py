@@ -6,6 +6,7 @@ import json
 import gymnasium
 import numpy as np
 import pytest
+import safetensors.numpy
 import scipy.stats
 import tyro
 from conftest import ROOT, run_script
@@ -247,6 +248,36 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(flags, said, monkeypatch, 
         residual_mppi.main(tyro.cli(residual_mppi.Args, args=[str(x) for x in flags]))
     assert stop.value.exit_code == 2
     assert len(str(stop.value).splitlines()) == 1
+
+
+def test_a_prior_is_read_as_enjoy_reads_it_and_a_bad_one_is_refused(tmp_path):
+    """Of both forms of deviation; a file with a changed number, another kind, a misspelt key, without what it needs."""
+    for name in ("Hopper-v4", "Hopper-v4-sac"):
+        policy, info = residual_mppi.read_prior(ROOT / "priors" / f"{name}.safetensors")
+        obs = np.random.default_rng(0).normal(size=(5, 11)).astype(np.float32)
+        reference = enjoy.mean_and_log_std(enjoy.read_policy(ROOT / "priors" / f"{name}.safetensors"), obs)
+        for ours, theirs in zip(residual_mppi.mean_and_log_std(policy, obs), reference, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    unsigned, path = {key: text for key, text in info.items() if key != "sha256"}, tmp_path / "prior.safetensors"
+    first, last, mean = "actor_mean.0.bias", "actor_mean.4.bias", policy.tensors["obs_mean"]
+    bad = {
+        "it is damaged": ({"obs_mean": mean + 1}, info),
+        "NaN or infinite": ({first: np.full_like(policy.tensors[first], np.nan)}, unsigned),
+        "negative variance": ({"obs_var": -1 - mean**2}, unsigned),
+        "broadcast": ({last: policy.layers[-1][1][1:]}, unsigned),
+        "hidden_sizes say": ({first: policy.tensors[first][1:]}, unsigned),
+        r"\['kind'\] are missing or unknown": ({}, unsigned | {"kind": "categorical"}),
+        r"\['logstd'\] are missing or unknown": ({}, unsigned | {"logstd": "clip -1 1"}),
+        "actor_mean.6.weight": ({}, unsigned | {"hidden_sizes": "[64, 64, 64]"}),
+        "log_std is 'tanh'": ({}, unsigned | {"log_std": "tanh"}),
+    }
+    for said, (tensors, metadata) in bad.items():
+        safetensors.numpy.save_file(policy.tensors | tensors, path, metadata)
+        with pytest.raises(residual_mppi.StopRun, match=said):
+            residual_mppi.read_prior(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(residual_mppi.StopRun, match="cannot be used"):
+        residual_mppi.read_prior(path)
 
 
 def test_bad_input_prints_no_traceback():
