@@ -262,6 +262,8 @@ def read_prior(path: Path) -> tuple[NumpyPolicy, dict[str, str]]:
             raise ValueError(f"the metadata {sorted(wrong)} are missing or unknown")
         if info.get("sha256", digest := policy_digest(tensors, info)) != digest:
             raise ValueError("it is damaged (its sha256 does not match); copy or export it anew")
+        if not (0 <= float(info.get("alpha", 0)) < np.inf and np.isfinite(float(info.get("survival_reward", 0)))):
+            raise ValueError("its alpha or its survival_reward is impossible")
         hidden_sizes = json.loads(info["hidden_sizes"])
         names = [f"actor_mean.{2 * i}" for i in range(len(hidden_sizes) + 1)]
         policy = NumpyPolicy(
@@ -278,9 +280,7 @@ def read_prior(path: Path) -> tuple[NumpyPolicy, dict[str, str]]:
         if not np.isfinite(mean_and_log_std(policy, tensors["obs_mean"])).all():
             raise ValueError("it has entries that are NaN or infinite, or a negative variance")
     except FileNotFoundError:
-        raise StopRun(
-            f"there is no policy {path}; name a policy file, or the folder of a run that is complete"
-        ) from None
+        raise StopRun(f"there is no policy {path}; name a policy file, or the folder of a complete run") from None
     except Exception as error:  # a damaged file can fail in any way
         raise StopRun(f"the policy {path} cannot be used: {type(error).__name__}: {error}") from None
     return policy, info

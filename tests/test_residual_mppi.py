@@ -269,6 +269,8 @@ def test_a_prior_is_read_as_enjoy_reads_it_and_a_bad_one_is_refused(tmp_path):
         r"\['kind'\] are missing or unknown": ({}, unsigned | {"kind": "categorical"}),
         r"\['logstd'\] are missing or unknown": ({}, unsigned | {"logstd": "clip -1 1"}),
         "actor_mean.6.weight": ({}, unsigned | {"hidden_sizes": "[64, 64, 64]"}),
+        "alpha or its survival_reward": ({}, unsigned | {"alpha": "-1"}),
+        "could not convert": ({}, unsigned | {"survival_reward": "much"}),
         "log_std is 'tanh'": ({}, unsigned | {"log_std": "tanh"}),
     }
     for said, (tensors, metadata) in bad.items():
