@@ -14,17 +14,20 @@ This file is also the reference reader of the policy file: read_policy and act a
 """
 
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +69,7 @@ class Args:
     json: Path | None = None
     """write every episode to this new .json file"""
     record: Path | None = None
-    """write every step to this new .npz file, as demonstrations for train_prior_bc.py"""
+    """write every step to this new .npz file, or, its name without a dot, to this new folder, as a Minari dataset"""
     window: bool = False
     """watch in Gymnasium's viewer"""
     video: Path | None = None
@@ -515,7 +518,7 @@ class Recorder:
     def __init__(self, env: Any):
         """Keep the steps of an environment with Gymnasium's reset and step."""
         names = ("observations", "actions", "rewards", "terminations", "truncations")
-        self.env, self.obs, self.steps = env, None, {name: [] for name in names}
+        self.env, self.obs, self.last_obs, self.steps = env, None, [], {name: [] for name in names}
 
     def __getattr__(self, name: str) -> Any:
         """All else is the environment's."""
@@ -533,6 +536,8 @@ class Recorder:
         kept = (np.float32(before), action, float(reward), terminated, truncated)
         for x, column in zip(kept, self.steps.values(), strict=True):
             column.append(x)
+        if terminated or truncated:
+            self.last_obs.append(np.float32(self.obs))
         return self.obs, reward, terminated, truncated, info
 
     def npz(self) -> bytes:
@@ -542,6 +547,25 @@ class Recorder:
             columns |= {"action_low": space.low, "action_high": space.high}
         np.savez_compressed(file, **columns)
         return file.getvalue()
+
+    def write_minari(self, folder: Path) -> None:
+        """A Minari dataset, which needs the package minari: every episode with its last observation, too."""
+        import minari
+        from minari.data_collector import EpisodeBuffer
+
+        columns, space = {name: np.stack(x) for name, x in self.steps.items()}, self.observation_space
+        ends = np.flatnonzero(columns["terminations"] | columns["truncations"])[:-1] + 1
+        parts = zip(*(np.split(x, ends) for x in columns.values()), strict=True)
+        episodes = [EpisodeBuffer(i, **dict(zip(columns, part, strict=True))) for i, part in enumerate(parts)]
+        for i, last in enumerate(self.last_obs):
+            episodes[i] = replace(episodes[i], observations=np.concatenate([episodes[i].observations, last[None]]))
+        spaces = {"observation_space": type(space)(np.float32(space.low), np.float32(space.high), dtype=np.float32)}
+        spaces |= {"action_space": self.action_space, "env": self.env if hasattr(self.env, "spec") else None}
+        warnings.filterwarnings("ignore", module="minari")  # of an author and the like, which are the user's to name
+        with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as root:
+            os.environ["MINARI_DATASETS_PATH"] = root
+            minari.create_dataset_from_buffers(folder.name, episodes, **spaces)
+            os.replace(Path(root) / folder.name, folder)
 
 
 def make_gymnasium(
@@ -708,16 +732,22 @@ def check_output_flags(args: Args) -> None:
     if args.record and args.against:
         raise StopRun("--record is of one policy; leave --against out")
     files = {"--video": (args.video, (".mp4", ".gif")), "--json": (args.json, (".json",))}
-    files["--record"] = (args.record, (".npz",))
+    files["--record"] = (args.record, (".npz", ""))
     for flag, (path, suffixes) in files.items():
         if path is None:
             continue
         if path.suffix not in suffixes:
-            raise StopRun(f"{flag} is {path}; its name must end in {' or '.join(suffixes)}")
+            else_folder = ", or have no dot" if "" in suffixes else ""
+            raise StopRun(f"{flag} is {path}; its name must end in {' or '.join(filter(None, suffixes))}{else_folder}")
         if path.exists():
             raise StopRun(f"{flag} {path} exists; name a new file, or remove it")
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise StopRun(f"{flag} cannot write to the folder {path.parent}; create it, or name another")
+    if args.record and not args.record.suffix:
+        if not re.fullmatch(r"[-\w]+", args.record.name):
+            raise StopRun(f"--record {args.record} is no name for a Minari dataset: letters, digits, - and _")
+        if not importlib.util.find_spec("minari"):
+            raise StopRun('--record needs Minari for its datasets: pip install "minari[hdf5]"; or name an .npz file')
 
 
 def parse_kwargs(text: str) -> dict[str, Any]:
@@ -759,7 +789,10 @@ def main(args: Args) -> None:
         write_atomic(args.json, json.dumps(content, indent=1, default=str).encode())
         CONSOLE.print(f"every episode is in {shlex.quote(str(args.json))}")
     if args.record:
-        write_atomic(args.record, recorder.npz())
+        if args.record.suffix:
+            write_atomic(args.record, recorder.npz())
+        else:
+            recorder.write_minari(args.record)
         CONSOLE.print(f"every step is in {shlex.quote(str(args.record))}")
     if args.video:
         CONSOLE.print("recording ...")  # which takes minutes without a GPU

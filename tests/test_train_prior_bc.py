@@ -355,6 +355,26 @@ def test_what_enjoy_records_is_what_was_played(tmp_path):
     assert "stochastic" in read_policy(tmp_path / "clone.safetensors")[1]["returns"]
 
 
+def test_a_minari_dataset_that_enjoy_records_is_what_minari_and_the_clone_read(tmp_path):
+    """Episode by episode what the .npz file of the same seed has, and the last observations, which that has not."""
+    minari = pytest.importorskip("minari")
+    for name in ("played.npz", "played-v0"):
+        flags = ("--episodes", 2, "--seed", 5, "--record", tmp_path / name)
+        command = [sys.executable, ROOT / "enjoy.py", ROOT / "priors" / "Hopper-v4.safetensors", *flags]
+        recorded = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+        assert recorded.returncode == 0, recorded.stderr
+    npz, dataset = (bc.read_demonstrations(tmp_path / name) for name in ("played.npz", "played-v0"))
+    assert all((np.asarray(x) == y).all() for x, y in zip(npz, dataset, strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+        loaded = minari.load_dataset("played-v0")
+    assert loaded.spec.env_spec.id == "Hopper-v4" and loaded.total_steps == len(npz.obs)
+    for number, episode in enumerate(loaded):
+        assert (episode.observations[:-1] == npz.obs[npz.episode == number]).all()
+        assert len(episode.observations) == len(episode.actions) + 1
+    assert sum(path.name.startswith("tmp") for path in tmp_path.iterdir()) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
