@@ -46,7 +46,7 @@ class Args:
     """environments; priors/ must have a prior for each"""
     episodes: tuple[int, ...] = (1, 4, 20)
     """sizes of the demonstrations"""
-    seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
+    seeds: tuple[int, ...] = (206, 207, 208, 209, 210)
     """of the demonstrations and the clones"""
     imitation: Path | None = None
     """a Python that has the library imitation"""

@@ -4,12 +4,14 @@ import ast
 import re
 
 import pytest
-from conftest import ROOT, SAC_SCRIPTS, SCRIPTS, script_path
+from conftest import DQN_SCRIPTS, ROOT, SAC_SCRIPTS, SCRIPTS, script_path
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "priors/README.md", "benchmark/README.md", "results/README.md")
 DOCUMENTS += ("results/defaults.md", "results/mirror_descent_vi/README.md")
 DOCUMENTS += ("residual_q_learning/README.md", "mirror_descent/README.md")
+FURTHER = (*DQN_SCRIPTS, "residual_mppi", "residual_mcts", "train_prior_bc")  # whose own flags their README names
+FURTHER += ("mirror_descent_vi",)
 
 
 def flags(name):
@@ -45,21 +47,21 @@ def test_no_line_of_the_other_documents_is_too_long(document):
     assert [line for line in prose(document).splitlines() if len(line) > 120] == []
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, *SAC_SCRIPTS, "enjoy"])
+@pytest.mark.parametrize("name", [*SCRIPTS, *SAC_SCRIPTS, "enjoy", *FURTHER])
 def test_every_flag_is_named(name):
     found = flags(name)
+    text = README + ((script_path(name).parent / "README.md").read_text() if name in FURTHER else "")
     assert len(found) > 10
-    assert [flag for flag in found if f"`{flag}`" not in README and f"`{flag} " not in README] == []
+    assert [flag for flag in found if f"`{flag}`" not in text and f"`{flag} " not in text] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_use_flags_that_exist(document):
-    players = ("enjoy", "residual_mppi", "priors/from_sb3", "priors/measure")
-    known = {name: set(flags(name)) for name in (*SCRIPTS, *SAC_SCRIPTS, *players)}
-    commands = re.findall(
-        r"(?m)^python (?:residual_q_learning/)?(\S+)\.py (.*?)(?:  +#.*)?$", (ROOT / document).read_text()
-    )
-    used = {(name, flag) for name, rest in commands if name in known for flag in re.findall(r"--[a-z-]+", rest)}
+    others = ("enjoy", "priors/from_sb3", "priors/measure", "results/reproduce", "results/bc", "results/zero_shot")
+    known = {name: set(flags(name)) for name in (*SCRIPTS, *SAC_SCRIPTS, *FURTHER, *others)}
+    folder = "(?:residual_q_learning/|mirror_descent/)?"
+    commands = re.findall(rf"(?m)^python {folder}(\S+)\.py (.*?)(?:  +#.*)?$", (ROOT / document).read_text())
+    used = {(name, flag) for name, rest in commands if name in known for flag in re.findall(r"--[a-z0-9-]+", rest)}
     assert {(name, flag) for name, flag in used if flag not in known[name]} == set()
 
 
