@@ -103,7 +103,8 @@ def customisation() -> Iterator[Setting]:
 def trained_further(env_id: str) -> Setting:
     """What one does who knows the basic reward: train the prior on, on both rewards."""
     flags = f"--init-from priors/{env_id}.safetensors --addon {ADDONS[env_id.removesuffix('-v4')]}"
-    return Setting(env_id, "prior trained further", f"{flags} --alpha {alpha_of(env_id):g}", "soft_ppo")
+    flags += f" --alpha {alpha_of(env_id):g} --total-timesteps 500000"
+    return Setting(env_id, "prior trained further", flags, "soft_ppo")
 
 
 def tasks() -> Iterator[Setting]:
