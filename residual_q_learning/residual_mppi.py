@@ -637,6 +637,19 @@ def open_film(path: Path, envs: list[Any], size: tuple[int, int]) -> Iterator[Ca
 TERMINAL = rich.console.Console(highlight=False, soft_wrap=True)
 
 
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file such that a crash leaves the old one or the new one, never half of one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def comparison_table(players: list[Player], results: list[list[PlannedEpisode]], label: str) -> rich.table.Table:
     """Mean ± standard deviation over the episodes of each player; label names the add-on task's quantity."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
@@ -727,7 +740,7 @@ def main(args: Args) -> None:
         pairs = zip(players, results, strict=True)
         played = [{"name": player.name, "episodes": [x._asdict() for x in episodes]} for player, episodes in pairs]
         content = {"settings": vars(args) | {"addon": task}, "quantity": addon.label, "players": played}
-        args.json.write_text(json.dumps(content, indent=1, default=str))
+        write_atomic(args.json, json.dumps(content, indent=1, default=str).encode())
     TERMINAL.print(comparison_table(players, results, addon.label))
     steps, seconds = (sum(getattr(x, name) for x in results[-1]) for name in ("length", "seconds"))
     physics = steps * args.num_samples * (args.horizon + args.tail) * env.frame_skip
