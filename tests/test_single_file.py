@@ -157,10 +157,10 @@ def test_inline_python_version_is_that_of_pyproject_toml(name):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_imported_package_is_a_declared_dependency(name):
-    """And no other is declared; wandb is only for --track, and in enjoy.py envpool for what Gymnasium lacks."""
+    """And no other is declared; wandb and minari serve one flag each, enjoy.py has envpool for what Gymnasium lacks."""
     declared = {re.split(r"[\[<>=!~ ]", x)[0].lower() for x in inline_metadata(name)["dependencies"]}
     standard = {module.lower() for module in sys.stdlib_module_names}
-    optional = {"wandb"} | ({"envpool"} if name == "enjoy" else set())
+    optional = {"wandb", "minari"} | ({"envpool"} if name == "enjoy" else set())
     imported = {module.lower() for module in imported_packages(name)} - standard - optional
     assert imported <= declared
     assert declared <= imported
