@@ -440,6 +440,16 @@ class AddonTask(NamedTuple):
     coef: float = 1.0
 
 
+def line_met(s, a, t):
+    """1 where parking's car, 5 m by 2 m, meets a line, 8 m by 0.1 m, 2 m left or right of the goal, else 0; (...,)."""
+    x, y, cos, sin = 100 * (t[..., 0] - t[..., 6]), 100 * (t[..., 1] - t[..., 7]), t[..., 4], t[..., 5]
+    x = xp.stack([x - 2, x + 2])  # the car seen from either line, m; they meet unless an axis of one separates them
+    met = (abs(x) < 0.05 + 2.5 * abs(cos) + abs(sin)) & (abs(y) < 4 + 2.5 * abs(sin) + abs(cos))
+    met &= abs(x * cos + y * sin) < 2.5 + 0.05 * abs(cos) + 4 * abs(sin)
+    met &= abs(y * cos - x * sin) < 1 + 0.05 * abs(sin) + 4 * abs(cos)
+    return 1.0 * met.any(0)
+
+
 # A task of your own is a line here. An environment's first task is its default.
 ADDON_TASKS = {
     "half-cheetah-front-foot": AddonTask("HalfCheetah", "|θ| (rad)", lambda s, a, t: abs(t[..., 7]), lambda x: -10 * x),
@@ -453,6 +463,8 @@ ADDON_TASKS = {
     "walker-upright": AddonTask("Walker2d", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -10 * x),
     "walker-height": AddonTask("Walker2d", "z (m)", lambda s, a, t: t[..., 0], lambda z: 10 * (z - 1)),
     "humanoid-right": AddonTask("Humanoid", "-v_y (m/s)", lambda s, a, t: -t[..., 23], lambda v: v),
+    "mountain-car-right": AddonTask("MountainCarContinuous", "left", lambda s, a, t: a[..., 0] < 0, lambda x: -0.1 * x),
+    "parking-lines": AddonTask("parking", "line met", line_met, lambda x: -x),
     "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
 }
 
@@ -484,14 +496,14 @@ def make_simulator(env_id: str, env_kwargs: str, seeds: np.ndarray) -> Simulator
     Training has one of --num-envs environments, each evaluation one with an environment for every episode.
     """
     try:
-        pool = envpool.make(
-            env_id, env_type="gymnasium", num_envs=len(seeds), seed=seeds.tolist(), **json.loads(env_kwargs)
-        )
+        kwargs = json.loads(env_kwargs)
+        pool = envpool.make(env_id, env_type="gymnasium", num_envs=len(seeds), seed=seeds.tolist(), **kwargs)
         obs_space, action_space = pool.observation_space, pool.action_space
     except Exception as error:  # each of its environments fails in its own way
         hint = "envpool.list_all_envs() names them, --env-kwargs is a JSON object"
         raise StopRun(f"EnvPool has no {env_id} with {env_kwargs} ({type(error).__name__}: {error}); {hint}") from None
-    for what, space in {"observations": obs_space, "actions": action_space}.items():
+    parts = [*obs_space.values()] if isinstance(obs_space, gymnasium.spaces.Dict) else [obs_space]
+    for what, space in [*(("observations", part) for part in parts), ("actions", action_space)]:
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             kind = " ".join([type(space).__name__, *([str(space.shape)] if space.shape else [])])
             raise StopRun(f"the {what} of {env_id} are {kind}, not vectors (Box); choose another --env-id")
@@ -499,16 +511,16 @@ def make_simulator(env_id: str, env_kwargs: str, seeds: np.ndarray) -> Simulator
         handle, _, _, xla_step = pool.xla()
 
     def reset():
-        return handle, pool.reset()[0].astype(np.float32)
+        return handle, np.concatenate(jax.tree.leaves(pool.reset()[0]), -1).astype(np.float32)  # a Dict, by name
 
     def step(handle, action):
         with jax.enable_x64(True):
-            handle, (obs, reward, terminated, truncated, _) = xla_step(handle, action.astype(action_space.dtype))
-            return handle, obs.astype(jnp.float32), reward.astype(jnp.float32), terminated, truncated
+            handle, (obs, reward, *ends, _) = xla_step(handle, action.astype(action_space.dtype))
+            return handle, jnp.float32(jnp.concatenate(jax.tree.leaves(obs), -1)), jnp.float32(reward), *ends
 
     bounds, device = (np.float32(action_space.low), np.float32(action_space.high)), jax.devices("cpu")[0]
     version = f"envpool {importlib.metadata.version('envpool')}"  # which has a MuJoCo of its own within
-    return Simulator(reset, step, *obs_space.shape, *bounds, device, version)
+    return Simulator(reset, step, sum(part.shape[0] for part in parts), *bounds, device, version)
 
 
 class EnvState(NamedTuple):

@@ -150,6 +150,16 @@ class AddonTask(NamedTuple):
     coef: float = 1.0
 
 
+def line_met(s, a, t):
+    """1 where parking's car, 5 m by 2 m, meets a line, 8 m by 0.1 m, 2 m left or right of the goal, else 0; (...,)."""
+    x, y, cos, sin = 100 * (t[..., 0] - t[..., 6]), 100 * (t[..., 1] - t[..., 7]), t[..., 4], t[..., 5]
+    x = xp.stack([x - 2, x + 2])  # the car seen from either line, m; they meet unless an axis of one separates them
+    met = (abs(x) < 0.05 + 2.5 * abs(cos) + abs(sin)) & (abs(y) < 4 + 2.5 * abs(sin) + abs(cos))
+    met &= abs(x * cos + y * sin) < 2.5 + 0.05 * abs(cos) + 4 * abs(sin)
+    met &= abs(y * cos - x * sin) < 1 + 0.05 * abs(sin) + 4 * abs(cos)
+    return 1.0 * met.any(0)
+
+
 # A task of your own is a line here. An environment's first task is its default.
 ADDON_TASKS = {
     "half-cheetah-front-foot": AddonTask("HalfCheetah", "|θ| (rad)", lambda s, a, t: abs(t[..., 7]), lambda x: -10 * x),
@@ -163,6 +173,8 @@ ADDON_TASKS = {
     "walker-upright": AddonTask("Walker2d", "|θ| (rad)", lambda s, a, t: abs(t[..., 1]), lambda x: -10 * x),
     "walker-height": AddonTask("Walker2d", "z (m)", lambda s, a, t: t[..., 0], lambda z: 10 * (z - 1)),
     "humanoid-right": AddonTask("Humanoid", "-v_y (m/s)", lambda s, a, t: -t[..., 23], lambda v: v),
+    "mountain-car-right": AddonTask("MountainCarContinuous", "left", lambda s, a, t: a[..., 0] < 0, lambda x: -0.1 * x),
+    "parking-lines": AddonTask("parking", "line met", line_met, lambda x: -x),
     "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
 }
 

@@ -390,14 +390,14 @@ def make_simulator(env_id: str, env_kwargs: str, seeds: np.ndarray) -> Simulator
     Training has one of --num-envs environments, each evaluation one with an environment for every episode.
     """
     try:
-        pool = envpool.make(
-            env_id, env_type="gymnasium", num_envs=len(seeds), seed=seeds.tolist(), **json.loads(env_kwargs)
-        )
+        kwargs = json.loads(env_kwargs)
+        pool = envpool.make(env_id, env_type="gymnasium", num_envs=len(seeds), seed=seeds.tolist(), **kwargs)
         obs_space, action_space = pool.observation_space, pool.action_space
     except Exception as error:  # each of its environments fails in its own way
         hint = "envpool.list_all_envs() names them, --env-kwargs is a JSON object"
         raise StopRun(f"EnvPool has no {env_id} with {env_kwargs} ({type(error).__name__}: {error}); {hint}") from None
-    for what, space in {"observations": obs_space, "actions": action_space}.items():
+    parts = [*obs_space.values()] if isinstance(obs_space, gymnasium.spaces.Dict) else [obs_space]
+    for what, space in [*(("observations", part) for part in parts), ("actions", action_space)]:
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             kind = " ".join([type(space).__name__, *([str(space.shape)] if space.shape else [])])
             raise StopRun(f"the {what} of {env_id} are {kind}, not vectors (Box); choose another --env-id")
@@ -405,16 +405,16 @@ def make_simulator(env_id: str, env_kwargs: str, seeds: np.ndarray) -> Simulator
         handle, _, _, xla_step = pool.xla()
 
     def reset():
-        return handle, pool.reset()[0].astype(np.float32)
+        return handle, np.concatenate(jax.tree.leaves(pool.reset()[0]), -1).astype(np.float32)  # a Dict, by name
 
     def step(handle, action):
         with jax.enable_x64(True):
-            handle, (obs, reward, terminated, truncated, _) = xla_step(handle, action.astype(action_space.dtype))
-            return handle, obs.astype(jnp.float32), reward.astype(jnp.float32), terminated, truncated
+            handle, (obs, reward, *ends, _) = xla_step(handle, action.astype(action_space.dtype))
+            return handle, jnp.float32(jnp.concatenate(jax.tree.leaves(obs), -1)), jnp.float32(reward), *ends
 
     bounds, device = (np.float32(action_space.low), np.float32(action_space.high)), jax.devices("cpu")[0]
     version = f"envpool {importlib.metadata.version('envpool')}"  # which has a MuJoCo of its own within
-    return Simulator(reset, step, *obs_space.shape, *bounds, device, version)
+    return Simulator(reset, step, sum(part.shape[0] for part in parts), *bounds, device, version)
 
 
 # ----------------------------------------------------------------------------------------- update

@@ -82,7 +82,7 @@ BAD_INPUT = {
     "unknown env": ("soft_ppo", ("--env-id", "Unicorn-v4"), "Unicorn-v4.*list_all_envs"),
     "pixels": ("soft_ppo", ("--env-id", "Pong-v5"), "observations of Pong-v5.*Box"),
     "discrete actions": ("soft_ppo", ("--env-id", "CartPole-v1"), "actions of CartPole-v1 are Discrete"),
-    "Dict observations": ("train_prior_ppo", ("--env-id", "CheetahRun-v1"), "CheetahRun-v1 are Dict"),
+    "Dict of matrices": ("train_prior_ppo", ("--env-id", "lane-keeping-v0"), r"lane-keeping-v0 are Box \(4, 1\)"),
     "env kwargs no JSON": ("soft_ppo", ("--env-kwargs", "healthy"), "--env-kwargs is a JSON object"),
     "env kwargs unknown": ("soft_ppo", ("--env-kwargs", '{"wings": 2}'), "wings"),
     "policy to start from missing": ("soft_ppo", ("--init-from", "gone.safetensors"), "gone.safetensors"),

@@ -22,7 +22,9 @@ import residual_ppo
 import soft_ppo
 
 V4_AND_V5 = ("v4", "v5")
-ENVS = [f"{task.env}-{version}" for task in residual_ppo.ADDON_TASKS.values() if task.env for version in V4_AND_V5]
+QLEARNING = ("mountain-car-right", "parking-lines")  # tasks whose environments are not of MuJoCo: see test_tasks.py
+ROBOTS = [task.env for name, task in residual_ppo.ADDON_TASKS.items() if name not in (*QLEARNING, "none")]
+ENVS = [f"{robot}-{version}" for robot in ROBOTS for version in V4_AND_V5]
 NO_ADDON = residual_ppo.ADDON_TASKS["none"]
 
 
@@ -520,7 +522,7 @@ QUANTITIES = {
 
 
 def test_every_addon_task_is_checked_here():
-    assert QUANTITIES.keys() == residual_ppo.ADDON_TASKS.keys() - {"none"}
+    assert QUANTITIES.keys() == residual_ppo.ADDON_TASKS.keys() - {"none", *QLEARNING}
 
 
 @pytest.mark.parametrize("version", V4_AND_V5)

@@ -261,6 +261,67 @@ def test_energy_of_an_episode_is_that_of_its_actions(name, squash):
 KWARGS = {"half-cheetah-energy": "{}", "ant-energy": '{"terminate_when_unhealthy": false}'}
 
 
+def test_line_is_met_where_highway_env_s_rectangles_intersect():
+    """For cars anywhere about a goal, either way round, the judge is highway-env's own test of polygons."""
+    highway_env = pytest.importorskip("highway_env")
+    rng, apart = np.random.default_rng(5), np.zeros(2)
+    goal, heading = rng.uniform(-20, 20, (1000, 2)), rng.uniform(-np.pi, np.pi, 1000)
+    place = goal + rng.uniform([-6, -8], [6, 8], (1000, 2))
+    t = np.zeros((1000, 18), np.float32)
+    t[:, :2], t[:, 6:8], t[:, 4], t[:, 5] = place / 100, goal / 100, np.cos(heading), np.sin(heading)
+
+    def meets(car, centre):
+        line = highway_env.vehicle.objects.Obstacle(None, centre, np.pi / 2)
+        line.LENGTH, line.WIDTH = 8, 0.1
+        return highway_env.utils.are_polygons_intersecting(car.polygon(), line.polygon(), apart, apart)[0]
+
+    cars = [highway_env.vehicle.kinematics.Vehicle(None, *pose) for pose in zip(place, heading, strict=True)]
+    expected = [meets(car, x - [2, 0]) or meets(car, x + [2, 0]) for car, x in zip(cars, goal, strict=True)]
+    task = enjoy.ADDON_TASKS["parking-lines"]
+    quantity = task.quantity(None, None, t)
+    assert 200 < sum(expected) < 800
+    np.testing.assert_array_equal(quantity, expected)
+    np.testing.assert_array_equal(task.reward(quantity), -np.float64(expected))
+
+
+def test_dict_of_vectors_is_one_observation_in_the_order_of_names():
+    """In training and in enjoy.py; parking's reward is that of its observation, less 5 where the car hits a wall."""
+    seeds = np.arange(4)
+    simulator = residual_ppo.make_simulator("parking-v0", '{"duration": 20}', seeds)
+    pool = envpool.make("parking-v0", env_type="gymnasium", num_envs=4, seed=seeds.tolist(), duration=20)
+    player = enjoy.EnvPoolEnv("parking-v0", {"duration": 20})
+    (state, obs), theirs, seen = simulator.reset(), pool.reset()[0], [player.reset(seed=2)[0]]
+    step, names = jax.jit(simulator.step), ("achieved_goal", "desired_goal", "observation")
+    assert (simulator.obs_dim,) == player.observation_space.shape == (18,)
+    np.testing.assert_allclose(seen[0], obs[2], rtol=1e-6)
+    actions, ends, done = np.random.default_rng(6).uniform([0.2, -1], 1, (100, 4, 2)), 0, np.zeros(4, bool)
+    for action in np.float32(actions):
+        state, obs, reward, terminated, truncated = step(state, action)
+        theirs, _, ended, late, info = pool.step(action)
+        np.testing.assert_allclose(obs, np.concatenate([theirs[name] for name in names], -1), rtol=1e-6)
+        np.testing.assert_array_equal((terminated, truncated), (ended, late))
+        distance = np.asarray(abs(obs[:, :6] - obs[:, 6:12])) @ [1, 0.3, 0, 0, 0.02, 0.02]
+        np.testing.assert_allclose(reward[~done], (-(distance**0.5) - 5 * info["crashed"])[~done], rtol=1e-4)
+        ends, done = ends + (ended & info["crashed"]).sum(), ended | late
+        if len(seen) < 10:
+            seen.append(player.step(action[2])[0])
+            np.testing.assert_allclose(seen[-1], obs[2], rtol=1e-6)
+    assert ends > 2
+
+
+def test_share_of_left_actions_of_an_episode_is_that_of_its_actions():
+    """On the mountain car, -0.1 for each."""
+    task = residual_ppo.ADDON_TASKS["mountain-car-right"]
+    env = residual_ppo.make_env(residual_ppo.make_simulator("MountainCarContinuous-v0", "{}", np.arange(2)), task, True)
+    raw = np.random.default_rng(7).normal(0.3, 1, (999, 2, 1)).astype(np.float32)
+    state, transitions = jax.jit(lambda state: jax.lax.scan(env.step, state, raw))(env.reset())
+    assert np.asarray(transitions.truncated)[998].all()
+    left = (raw < 0).sum((0, 2))
+    assert (left > 300).all() and (left < 450).all()
+    np.testing.assert_array_equal(state.finished["quantity"], left)
+    np.testing.assert_allclose(state.finished["addon"], -0.1 * left, rtol=1e-5)
+
+
 # --------------------------------------------------------------------------- which task is played
 
 
@@ -341,7 +402,7 @@ LINES = {
 def test_line_means_the_same_in_training_and_in_the_player(name):
     """For random s, a and t, quantity and reward are equal to the precision of float32."""
     rng = np.random.default_rng(3)
-    s, a, t = (rng.normal(size=(64, size)).astype(np.float32) for size in (376, 17, 376))
+    s, a, t = (rng.normal(0, 0.2, (2000, size)).astype(np.float32) for size in (376, 17, 376))
     numbers = []
     for module in (residual_ppo, enjoy):
         task = line(LINES[name], module) if name in LINES else module.ADDON_TASKS[name]
@@ -350,6 +411,6 @@ def test_line_means_the_same_in_training_and_in_the_player(name):
         assert isinstance(quantity, np.ndarray if module is enjoy else jax.Array)
         numbers.append((quantity, task.reward(quantity)))
     for ours, theirs in zip(*numbers, strict=True):
-        assert ours.shape == theirs.shape == (64,)
+        assert ours.shape == theirs.shape == (2000,)
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
     assert len(np.unique(numbers[0][1])) > 1 or name == "none"
