@@ -469,11 +469,11 @@ def clock_picture(rows: list[dict[str, str]], path: Path) -> None:
 
 
 def overview() -> str:
-    """The table of README.md: totals on every environment, of the default and of the best of KL PPO's weights."""
+    """The table of README.md: totals on every environment, of the default, and of what one would do otherwise."""
     rows = [row for name in ("customisation", "default") for row in read_rows(RESULTS / f"{name}.csv")]
     rows = list({(row["env_id"], row["label"], row["seed"]): row for row in rows}.values())
-    names = ["prior", "KL PPO, best β", f"**{DEFAULT.split(',')[0]}**"]
-    lines = [f"| | {' | '.join(names)} |", "|---" * 4 + "|"]
+    names = ["prior", "trained on, $r$ known", "KL PPO, best β", f"**{DEFAULT.split(',')[0]}**"]
+    lines = [f"| | {' | '.join(names)} |", "|---" * 5 + "|"]
     for env_id in dict.fromkeys(setting.env_id for setting in default()):
         groups: dict[str, list[dict[str, str]]] = {}
         for row in (row for row in rows if row["env_id"] == env_id and row["label"] != "Residual PPO, ω = 0.5"):
@@ -482,8 +482,8 @@ def overview() -> str:
             continue
         kl = [runs for label, runs in groups.items() if label.startswith("KL PPO") and label.endswith("with c")]
         best = max(kl, key=lambda runs: sum(sum(totals(runs, "policy"), [])) / len(runs), default=[])
-        found = [totals(groups.get(DEFAULT, []), "prior"), totals(best, "policy")]
-        found.append(totals(groups.get(DEFAULT, []), "policy"))
+        known, ours = (groups.get(label, []) for label in ("prior trained further", DEFAULT))
+        found = [totals(ours, "prior"), totals(known, "policy"), totals(best, "policy"), totals(ours, "policy")]
         cells = [" / ".join(map(mean_and_interval, x)) if x[0] else "–" for x in found]
         lines.append(f"| {env_id.removesuffix('-v4')} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
