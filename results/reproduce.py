@@ -485,6 +485,7 @@ def overview() -> str:
         known, ours = (groups.get(label, []) for label in ("prior trained further", DEFAULT))
         found = [totals(ours, "prior"), totals(known, "policy"), totals(best, "policy"), totals(ours, "policy")]
         cells = [" / ".join(map(mean_and_interval, x)) if x[0] else "–" for x in found]
+        cells[0] = " / ".join(f"{np.mean(x):.0f}" for x in found[0])  # of many evaluations of one policy
         lines.append(f"| {env_id.removesuffix('-v4')} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
