@@ -113,6 +113,8 @@ class Args:
     """constant temperature, reward per nat; if not given, omega' / 3 falling to 0, or alpha / 3 with --omega-prime"""
     survival_reward: float | None = None
     """reward per step, times omega, that an end forgoes; if not given, the prior's file's; 0: the paper's objective"""
+    jacobian: bool | None = None
+    """tanh's Jacobian counts in both log-probabilities; if not given, unless a budget holds a prior without alpha"""
     init_from_prior: bool = True
     """start as the prior, whose frozen normaliser is kept; the critic starts fresh in any case"""
     hidden_sizes: tuple[int, ...] | None = None
@@ -749,17 +751,24 @@ def falling_weights(args: Args, state: ResidualState, addon_reward: Array, valid
 def residual_update(
     args: Args, prior: Policy, state: TrainState, transitions: Transitions, key: Array
 ) -> tuple[TrainState, Metrics]:
-    """One iteration of Residual PPO; a ResidualState, unless omega' is constant."""
+    """One iteration of Residual PPO; a ResidualState, unless omega' is constant.
+
+    Without args.jacobian both densities are those of the action before tanh. The density of tanh(u) grows without bound
+    where it saturates: of a soft-optimal prior this belongs to log pi, but of one that is optimal for nothing, as a
+    clone, it makes states attractive in which the prior saturates, and in them it may know nothing.
+    """
     obs, action, valid = transitions.obs[:-1], transitions.action, transitions.valid
     log_prob = policy_log_prob(state.policy, obs, action)
     prior_log_prob = policy_log_prob(prior, obs, action)
+    jacobian = tanh_log_det(action) if prior.actor.squash and args.jacobian is False else 0
     shift = masked_mean(mean_shift(state.policy, prior, obs), valid)
     end = termination_reward(transitions.terminated, args.omega * args.survival_reward, args.gamma)
     omega_prime, alpha_hat = args.omega_prime, args.alpha_hat
     if omega_prime is None:
         omega_prime, start, falling = falling_weights(args, state, transitions.addon_reward, valid)
         alpha_hat = falling if alpha_hat is None else alpha_hat
-    reward = residual_reward(transitions.addon_reward, prior_log_prob, log_prob, end, omega_prime, alpha_hat)
+    log_probs = prior_log_prob + jacobian, log_prob + jacobian
+    reward = residual_reward(transitions.addon_reward, *log_probs, end, omega_prime, alpha_hat)
     state, metrics = ppo_update(ppo_loss, args, state, transitions, reward, key)
     if not args.init_from_prior:  # else keep the prior's normaliser, so that the policy changes by learning alone
         state = state.replace(obs_stats=merge_stats(state.obs_stats, obs, valid))
@@ -794,6 +803,8 @@ def main(args: Args, open_run: Callable) -> None:
     prior, prior_info = load_policy(args.prior)
     constant = args.omega_prime is not None or args.omega == 0
     args = resolve_args(args, prior, prior_info, PPO_SCALES if constant else None)
+    if args.jacobian is None:
+        args = dataclasses.replace(args, jacobian=constant or float(prior_info.get("alpha", 0)) > 0)
     simulator = make_simulator(args.env_id, args.env_kwargs, env_seeds(args.seed, TRAINING, args.num_envs))
     task, actor = ADDON_TASKS[args.addon]._replace(coef=args.addon_coef), prior.actor
     actor = dataclasses.replace(actor, hidden_sizes=args.hidden_sizes)

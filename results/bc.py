@@ -112,7 +112,8 @@ def table(rows: list[dict[str, str]]) -> str:
         for name, digits in {"stochastic": 0, "deterministic": 0, "log_prob": 2, "min_std": 2}.items():
             x = np.array([float(row[name]) for row in group])
             half = scipy.stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else np.nan
-            cells.append(f"{x.mean():.{digits}f} ± {half:.{digits}f}" if digits == 0 else f"{x.mean():.{digits}f}")
+            shown = digits == 0 and len(x) > 1
+            cells.append(f"{x.mean():.{digits}f} ± {half:.0f}" if shown else f"{x.mean():.{digits}f}")
         shown = str(episodes) if episodes else "–"
         lines.append(f"| {env_id} | {method} | {shown} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -704,11 +704,17 @@ def test_an_iteration_learns_from_its_reward_alone(first_state, other_policy, sq
     ours, priors = log_prob(state.policy), log_prob(prior)
     args = dataclasses.replace(ARGS, survival_reward=3.0)  # omega 0.5, omega' 0.2, alpha_hat 0.3
     residual_reward = transitions.addon_reward + 0.2 * priors - 0.3 * ours
+    jacobian = squash * 2 * np.log(np.cosh(np.float64(transitions.action))).sum(-1)  # of tanh, less it all is of u
+    plain_reward = transitions.addon_reward + 0.2 * (priors - jacobian) - 0.3 * (ours - jacobian)
     forgone = transitions.terminated * sum(3 * ARGS.gamma**t for t in range(1, 3000))
     soft_reward = 0.7 * transitions.basic_reward + transitions.addon_reward - 0.2 * ours
     cases = [
         (soft_update(soft_ppo.Args(**PPO), state, transitions), soft_reward),
         (residual_update(args, prior, state, transitions), residual_reward - 0.5 * forgone),
+        (
+            residual_update(dataclasses.replace(args, jacobian=False), prior, state, transitions),
+            plain_reward - 0.5 * forgone,
+        ),
     ]
     for (actual, metrics), reward in cases:
         expected, expected_metrics = ppo_update(ARGS, state, transitions, np.float32(reward))

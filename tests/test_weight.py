@@ -1,5 +1,6 @@
 """The weight of the prior and the policy's step find themselves: exact solutions in float64, and real runs."""
 
+import json
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -180,6 +181,7 @@ def test_constants_stay_constant_and_the_rate_is_the_schedule_without_desired_kl
     (run_dir,) = tmp_path.iterdir()
     rows = read_metrics(run_dir)
     assert {(row["omega_prime"], row["alpha_hat"]) for row in rows} == {("0.2", "0.1")}
+    assert json.loads((run_dir / "args.json").read_text())["args"]["jacobian"]
     np.testing.assert_allclose([float(row["learning_rate"]) for row in rows], 1e-3 * (1 - np.arange(8) / 8), rtol=1e-5)
 
 
@@ -206,6 +208,12 @@ def test_a_foreign_prior_needs_no_flags_and_a_resumed_run_keeps_weight_and_rate(
     assert rate[0] == pytest.approx(3e-5)
     assert rate[before] > 5 * rate[0]
     assert float(read_policy(run_dir / "policy.safetensors")[1]["alpha"]) == 0
+    assert json.loads((run_dir / "args.json").read_text())["args"]["jacobian"] is False
+
+
+def test_tanhs_jacobian_counts_where_the_prior_names_an_alpha(runs):
+    args = json.loads((runs["residual_ppo"].folder / "args.json").read_text())["args"]
+    assert args["omega_prime"] is None and args["jacobian"]
 
 
 @pytest.mark.parametrize(("before", "after", "said"), [(100, 69, True), (100, 71, False), (-100, -131, True)])
