@@ -69,7 +69,7 @@ class Args:
     json: Path | None = None
     """write every episode to this new .json file"""
     record: Path | None = None
-    """write every step to this new .npz file, or, its name without a dot, to this new folder, as a Minari dataset"""
+    """write every step to this new .npz file, or, with a name like hopper-v0, as a Minari dataset to this new folder"""
     window: bool = False
     """watch in Gymnasium's viewer"""
     video: Path | None = None
@@ -762,9 +762,9 @@ def check_output_flags(args: Args) -> None:
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise StopRun(f"{flag} cannot write to the folder {path.parent}; create it, or name another")
     if args.record and not args.record.suffix:
-        if not re.fullmatch(r"[-\w]+", args.record.name):
-            raise StopRun(f"--record {args.record} is no name for a Minari dataset: letters, digits, - and _")
-        if not importlib.util.find_spec("minari"):
+        if not re.fullmatch(r"[a-zA-Z0-9][-\w]*-v[0-9]+", args.record.name, re.ASCII):
+            raise StopRun(f"--record {args.record} is no name for a Minari dataset; choose one like hopper-expert-v0")
+        if not all(map(importlib.util.find_spec, ("minari", "h5py", "PIL"))):
             raise StopRun('--record needs Minari for its datasets: pip install "minari[hdf5]"; or name an .npz file')
 
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "residual_q_learning"))
 import residual_mppi as mppi  # noqa: E402
 
 PARTS = ("table", "noise", "samples", "official", "speed")
-EPISODES = {"HalfCheetah-v4": 20, "Hopper-v4": 10, "Walker2d-v4": 10, "Ant-v4": 5}  # of the default
+EPISODES = dict.fromkeys(("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4"), 50)  # of the default
 # Of the authors' code for Residual-MPPI: horizon, samples, lambda, omega', variance of the noise; gamma is 0.9.
 OFFICIAL = {
     "HalfCheetah-v4": (2, 10_000, 5e-5, 1e-7, 0.017),
@@ -63,7 +63,7 @@ def settings() -> Iterator[Setting]:
         yield Setting("table", "HalfCheetah-v4", "K = 64, H = 1, tail 1", player, before, episodes)
     yield Setting("noise", "HalfCheetah-v4", "prior", "prior", f"--max-steps {SCAN_STEPS}", 1)
     for env_id in EPISODES:
-        yield Setting("table", env_id, "default", "greedy", "", 5 if env_id != "Ant-v4" else 1)
+        yield Setting("table", env_id, "default", "greedy", "", 10)
     scans = (
         ("noise", "--num-samples 32 --noise-scale", (0.5, 1, 2, 3)),
         ("samples", "--num-samples", (2, 4, 8, 16, 32)),
