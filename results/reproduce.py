@@ -205,7 +205,7 @@ def munchausen() -> Iterator[Setting]:
         ("Munchausen DQN", "--alpha 0.03 --munchausen 0.9"),
         ("KL alone", "--alpha 0.03 --munchausen 1"),
     ):
-        yield Setting("LunarLander-v3", label, f"{flags} --no-double --total-timesteps 200000", "soft_dqn")
+        yield Setting("LunarLander-v3", label, f"{flags} --no-double --total-timesteps 500000", "soft_dqn")
 
 
 DEFAULT = "Residual PPO, default"
