@@ -103,6 +103,8 @@ class Args:
     # customisation; the customised policy has the prior's form
     prior: Path | None = None
     """the prior's policy file; if not given, priors/<env-id>.safetensors, looked for as README.md says"""
+    prior_alpha: float | None = None
+    """temperature alpha at which the prior is soft-optimal, reward per nat; if not given, its file's; 0: unknown"""
     omega: float = 1.0
     """weight of the basic task in the objective; divides the budget, and scales the survival reward"""
     budget: float = 2.0
@@ -303,13 +305,13 @@ def mean_shift(policy: Policy, prior: Policy, obs: Array) -> Array:
     return jnp.sum(((mean - prior_mean) * jnp.exp(-log_std)) ** 2, axis=-1) / 2
 
 
-def dual_step(omega_prime: Array, shift: Array, budget: float, start: Array) -> Array:
-    """omega' exp(0.03 clip(shift - budget, -1, 1)), both in nats per step, within 0.3 and 10 times its start.
+def dual_step(multiplier: Array, shift: Array, budget: float, start: Array) -> Array:
+    """multiplier exp(0.03 clip(shift - budget, -1, 1)), both in nats per step, within 0.3 and 10 times its start.
 
-    Dual ascent in log omega', the multiplier of E[mean_shift] <= budget, as on SAC's temperature (arXiv 1812.05905). A
-    policy still on its way misses the budget whatever omega' is; the bounds keep that from adding up.
+    Dual ascent in the log of the multiplier of E[mean_shift] <= budget, as on SAC's temperature (arXiv 1812.05905). A
+    policy still on its way misses the budget whatever the multiplier is; the bounds keep that from adding up.
     """
-    return jnp.clip(omega_prime * jnp.exp(0.03 * jnp.clip(shift - budget, -1, 1)), 0.3 * start, 10 * start)
+    return jnp.clip(multiplier * jnp.exp(0.03 * jnp.clip(shift - budget, -1, 1)), 0.3 * start, 10 * start)
 
 
 def termination_reward(terminated: Array, survival_reward: float, gamma: float) -> Array:
@@ -730,21 +732,25 @@ def ppo_update(
 
 @flax.struct.dataclass
 class ResidualState(TrainState):
-    """TrainState with omega' and what it started from, (2,); 0 until the add-on reward has a spread."""
+    """TrainState with the multiplier of the budget and its start, (2,); 0 until the add-on reward has a spread."""
 
-    omega_prime: Array
+    multiplier: Array
 
 
-def falling_weights(args: Args, state: ResidualState, addon_reward: Array, valid: Array) -> tuple[Array, Array, Array]:
-    """omega', its start, and alpha_hat, a third of omega' that falls to 0 over 70 % of the run.
+def falling_weights(args: Args, state: ResidualState, addon_reward: Array, valid: Array) -> tuple[Array, ...]:
+    """omega', alpha_hat, and what they are made of: the multiplier of the budget, and its start.
 
-    At the start a nat costs 0.3 standard deviations of the add-on reward, so that its unit does not matter; omega' is 1
-    as long as there is no such deviation.
+    At the start a nat costs 0.3 standard deviations of the add-on reward, so that its unit does not matter. Of a prior
+    that is soft-optimal at alpha a nat is worth omega alpha in basic reward. What the start falls short of that is the
+    weight of a KL penalty, in omega' and alpha_hat alike: a small wish should not move the policy far. A third of the
+    multiplier falls to 0 over 70 % of the run, in alpha_hat. Where nothing says what a nat costs, it is 1.
     """
     spread = jnp.sqrt(masked_mean((addon_reward - masked_mean(addon_reward, valid)) ** 2, valid))
-    omega_prime, start = jnp.where(state.omega_prime > 0, state.omega_prime, 0.3 * spread)
-    omega_prime = jnp.where(omega_prime > 0, omega_prime, 1.0)
-    return omega_prime, start, omega_prime / 3 * jnp.maximum(0, 1 - state.iteration / num_iterations(args) / 0.7)
+    multiplier, start = jnp.where(state.multiplier > 0, state.multiplier, 0.3 * spread)
+    kl_weight = jnp.maximum(0, args.omega * args.prior_alpha - start)
+    multiplier = jnp.where(multiplier + kl_weight > 0, multiplier, 1.0)
+    falling = multiplier / 3 * jnp.maximum(0, 1 - state.iteration / num_iterations(args) / 0.7)
+    return multiplier + kl_weight, falling + kl_weight, multiplier, start
 
 
 @partial(jax.jit, static_argnames="args")
@@ -765,7 +771,7 @@ def residual_update(
     end = termination_reward(transitions.terminated, args.omega * args.survival_reward, args.gamma)
     omega_prime, alpha_hat = args.omega_prime, args.alpha_hat
     if omega_prime is None:
-        omega_prime, start, falling = falling_weights(args, state, transitions.addon_reward, valid)
+        omega_prime, falling, multiplier, start = falling_weights(args, state, transitions.addon_reward, valid)
         alpha_hat = falling if alpha_hat is None else alpha_hat
     log_probs = prior_log_prob + jacobian, log_prob + jacobian
     reward = residual_reward(transitions.addon_reward, *log_probs, end, omega_prime, alpha_hat)
@@ -773,8 +779,8 @@ def residual_update(
     if not args.init_from_prior:  # else keep the prior's normaliser, so that the policy changes by learning alone
         state = state.replace(obs_stats=merge_stats(state.obs_stats, obs, valid))
     if args.omega_prime is None:
-        following = dual_step(omega_prime, shift, args.budget / args.omega, start)
-        state = state.replace(omega_prime=jnp.stack([following, start]))
+        following = dual_step(multiplier, shift, args.budget / args.omega, start)
+        state = state.replace(multiplier=jnp.stack([following, start]))
     metrics |= {"kl_to_prior": masked_mean(log_prob - prior_log_prob, valid), "mean_shift": shift}
     metrics |= {"omega_prime": jnp.float32(omega_prime), "alpha_hat": jnp.float32(alpha_hat)}
     return state, {"entropy": -masked_mean(log_prob, valid)} | metrics
@@ -804,12 +810,12 @@ def main(args: Args, open_run: Callable) -> None:
     constant = args.omega_prime is not None or args.omega == 0
     args = resolve_args(args, prior, prior_info, PPO_SCALES if constant else None)
     if args.jacobian is None:
-        args = dataclasses.replace(args, jacobian=constant or float(prior_info.get("alpha", 0)) > 0)
+        args = dataclasses.replace(args, jacobian=constant or args.prior_alpha > 0)
     simulator = make_simulator(args.env_id, args.env_kwargs, env_seeds(args.seed, TRAINING, args.num_envs))
     task, actor = ADDON_TASKS[args.addon]._replace(coef=args.addon_coef), prior.actor
     actor = dataclasses.replace(actor, hidden_sizes=args.hidden_sizes)
     state = vars(init_state(args, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS)))
-    state = ResidualState(**state, omega_prime=jnp.zeros(2, jnp.float32))
+    state = ResidualState(**state, multiplier=jnp.zeros(2, jnp.float32))
     if args.init_from_prior:
         state = state.replace(params=state.params | {"actor": prior.params}, obs_stats=prior.obs_stats)
     with open_run(args, simulator, task, state) as run:
@@ -832,10 +838,12 @@ def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: 
     where customisation goes; hence scales, of omega' and alpha_hat (how they were found: results/defaults.md). Without
     scales the run finds both by itself, and they stay None here.
     """
-    alpha, plain = float(prior_info.get("alpha", 0)), args.omega_prime is not None
+    alpha = float(prior_info.get("alpha", 0)) if args.prior_alpha is None else args.prior_alpha
+    plain = args.omega_prime is not None
     if alpha == 0 and scales and None in (args.omega_prime, args.alpha_hat):
-        raise StopRun("the prior's file names no temperature alpha above 0; give --omega-prime and --alpha-hat")
+        raise StopRun("the prior's file names no alpha above 0; give --prior-alpha, or --omega-prime and --alpha-hat")
     defaults = {
+        "prior_alpha": alpha,
         "omega_prime": scales and scales[0] * args.omega * alpha,
         "alpha_hat": scales and scales[1] * alpha,
         "survival_reward": 0.0 if plain else float(prior_info.get("survival_reward", 0)),

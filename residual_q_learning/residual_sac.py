@@ -101,6 +101,8 @@ class Args:
     # customisation; the customised policy has the prior's form
     prior: Path | None = None
     """the prior's policy file; if not given, priors/<env-id>.safetensors, looked for as README.md says"""
+    prior_alpha: float | None = None
+    """temperature alpha at which the prior is soft-optimal, reward per nat; if not given, its file's; 0: unknown"""
     omega: float = 1.0
     """weight of the basic task in the objective; sets omega' = 3 omega alpha, and scales the survival reward"""
     omega_prime: float | None = None
@@ -767,10 +769,12 @@ def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: 
     where customisation goes; hence scales, of omega' and alpha_hat (how they were found: results/defaults.md). Without
     scales the run finds both by itself, and they stay None here.
     """
-    alpha, plain = float(prior_info.get("alpha", 0)), args.omega_prime is not None
+    alpha = float(prior_info.get("alpha", 0)) if args.prior_alpha is None else args.prior_alpha
+    plain = args.omega_prime is not None
     if alpha == 0 and scales and None in (args.omega_prime, args.alpha_hat):
-        raise StopRun("the prior's file names no temperature alpha above 0; give --omega-prime and --alpha-hat")
+        raise StopRun("the prior's file names no alpha above 0; give --prior-alpha, or --omega-prime and --alpha-hat")
     defaults = {
+        "prior_alpha": alpha,
         "omega_prime": scales and scales[0] * args.omega * alpha,
         "alpha_hat": scales and scales[1] * alpha,
         "survival_reward": 0.0 if plain else float(prior_info.get("survival_reward", 0)),

@@ -1,6 +1,7 @@
 """The weight of the prior and the policy's step find themselves: exact solutions in float64, and real runs."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from scipy.interpolate import PchipInterpolator
 from scipy.optimize import brentq
 
 import residual_ppo
+import residual_sac
 
 GAMMA, ALPHA, OMEGA = 0.9, 0.5, 0.7
 SLOW = ("--env-id", "InvertedPendulum-v4", "--num-envs", 8, "--num-steps", 16, "--num-minibatches", 4)
@@ -121,21 +123,49 @@ def test_omega_prime_stays_within_its_bounds():
     assert residual_ppo.dual_step(1.0, 50.0, 1.0, 1.0) == pytest.approx(np.exp(0.03))  # no more than a nat counts
 
 
-def test_weights_start_at_the_spread_of_the_addon_reward_and_the_temperature_falls_to_0():
-    """omega' at 0.3 deviations, alpha_hat a third, half of it at 35 %, none from 70 % on."""
-    args = residual_ppo.Args(omega=0.5, num_envs=8, num_steps=16, total_timesteps=100 * 128)
+def falling_weights(args, reward, valid, iteration, multiplier):
+    """omega', alpha_hat, the multiplier and its start, as numbers."""
+    state = SimpleNamespace(iteration=iteration, multiplier=jnp.float32(multiplier))
+    return [float(x) for x in residual_ppo.falling_weights(args, state, reward, valid)]
+
+
+@pytest.mark.parametrize("prior_alpha", [0, 1])
+def test_weights_start_at_the_spread_of_the_addon_reward_and_the_temperature_falls_to_0(prior_alpha):
+    """omega' at 0.3 deviations, 0.9 here, alpha_hat a third, half of it at 35 %, none from 70 % on.
+
+    Where a nat is worth less in basic reward than that, omega alpha = 0.5 here, alpha has no say.
+    """
+    args = residual_ppo.Args(omega=0.5, num_envs=8, num_steps=16, total_timesteps=100 * 128, prior_alpha=prior_alpha)
     reward = np.random.default_rng(0).normal(2, 3, (16, 8)).astype(np.float32)
     valid = np.arange(128).reshape(16, 8) % 5 > 0
-
-    def weights(iteration, omega_prime):
-        state = SimpleNamespace(iteration=iteration, omega_prime=jnp.float32(omega_prime))
-        return [float(x) for x in residual_ppo.falling_weights(args, state, reward, valid)]
-
     start = 0.3 * reward[valid].std()
-    np.testing.assert_allclose(weights(0, [0, 0]), [start, start, start / 3], rtol=1e-5)
-    np.testing.assert_allclose(weights(35, [0.6, 0.2]), [0.6, 0.2, 0.1], rtol=1e-5)
-    assert weights(70, [0.6, 0.2])[2] == pytest.approx(0, abs=1e-7)
-    assert weights(90, [0.6, 0.2])[2] == 0
+    weights = partial(falling_weights, args, reward, valid)
+    np.testing.assert_allclose(weights(0, [0, 0]), [start, start / 3, start, start], rtol=1e-5)
+    np.testing.assert_allclose(weights(35, [0.6, 0.8]), [0.6, 0.1, 0.6, 0.8], rtol=1e-5)
+    assert weights(70, [0.6, 0.8])[1] == pytest.approx(0, abs=1e-7)
+    assert weights(90, [0.6, 0.8])[1] == 0
+
+
+def test_a_small_wish_leaves_a_penalty_on_the_kl_divergence_to_a_prior_whose_alpha_is_known():
+    """omega alpha = 2 a nat, of which the wish's start leaves 1.7, or all where it has no spread: r_R - 2 KL."""
+    args = residual_ppo.Args(omega=0.5, num_envs=8, num_steps=16, total_timesteps=100 * 128, prior_alpha=4)
+    reward, valid = np.float32([[-1.0, 1.0]]), np.ones((1, 2), bool)
+    weights = partial(falling_weights, args)
+    np.testing.assert_allclose(weights(reward, valid, 0, [0, 0]), [2, 1.8, 0.3, 0.3], rtol=1e-5)
+    np.testing.assert_allclose(weights(reward, valid, 80, [0.1, 0.3]), [1.8, 1.7, 0.1, 0.3], rtol=1e-5)
+    np.testing.assert_allclose(weights(0 * reward, valid, 0, [0, 0]), [2, 2, 0, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("script", [residual_ppo, residual_sac])
+def test_the_priors_alpha_is_the_files_unless_given(script):
+    actor = SimpleNamespace(actor=SimpleNamespace(hidden_sizes=(8,)))
+    resolve = partial(script.resolve_args, prior=actor, scales=(3.0, 1.0))
+    for given, info, alpha in ((None, {"alpha": "0.2"}, 0.2), (0.5, {"alpha": "0.2"}, 0.5), (0.5, {}, 0.5)):
+        args = resolve(script.Args(prior_alpha=given, omega=2.0), prior_info=info)
+        assert (args.prior_alpha, args.omega_prime, args.alpha_hat) == pytest.approx((alpha, 6 * alpha, alpha))
+    for given, info in ((None, {}), (0.0, {"alpha": "0.2"})):
+        with pytest.raises(script.StopRun, match="--prior-alpha"):
+            resolve(script.Args(prior_alpha=given), prior_info=info)
 
 
 def test_the_rate_moves_only_outside_half_and_twice_the_desired_kl():
