@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import forked
 import pytest
 import safetensors
 import safetensors.numpy
@@ -33,9 +35,12 @@ SAC_SHORT = (
     "--learning-starts", "220", "--updates-per-step", "0.0625", "--batch-size", "32",
     "--critic-hidden-sizes", "16", "16",
 )  # fmt: skip
+FORKED_VARIABLES: dict[str, str] = {}  # those of the tests' beginning, which the process has that is forked
 SAC_PENDULUM = ("--env-id", "InvertedPendulum-v4", *SAC_SHORT, "--hidden-sizes", "32", "32")
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([*forked.PACKAGES, "forked"])
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist, which runs the test files in two processes
 
 
@@ -46,12 +51,18 @@ def pytest_configure() -> None:
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rpg-test-cache-")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    FORKED_VARIABLES.update(early_variables())
 
 
 def pytest_unconfigure() -> None:
     """Remove what was compiled."""
     if not IS_WORKER:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def early_variables() -> dict[str, str]:
+    """The environment's variables that have their say before a script begins, and so not in a fork."""
+    return {name: x for name, x in os.environ.items() if name.startswith(("JAX_", "XLA_", "PYTHON"))}
 
 
 class Run(NamedTuple):
@@ -81,7 +92,18 @@ def start_script(name: str, *flags: object, **popen: object) -> subprocess.Popen
 
 
 def run_script(name: str, *flags: object, **popen: object) -> subprocess.CompletedProcess:
-    """Run a script to its end."""
+    """Run a script to its end, in a fork of a process that has imported what it imports, or else one of its own."""
+    if popen.keys() <= {"cwd"} and early_variables() == FORKED_VARIABLES:
+        with tempfile.TemporaryDirectory() as folder:
+            files, command = [Path(folder) / what for what in ("stdout", "stderr")], list(map(str, flags))
+            where = str(popen.get("cwd", Path.cwd()))
+            play = (str(script_path(name)), command, where, dict(os.environ), *map(str, files))
+            process = FORKS.Process(target=forked.play, args=play)
+            process.start()
+            process.join(timeout=400)
+            process.kill()
+            process.join()
+            return subprocess.CompletedProcess(command, process.exitcode, *(file.read_text() for file in files))
     process = start_script(name, *flags, **popen)
     try:
         stdout, stderr = process.communicate(timeout=400)
@@ -181,7 +203,7 @@ def make_runs(folder: Path) -> dict[str, Run]:
                 "residual_ppo from scratch", "residual_ppo", *PENDULUM, "--addon", "none", "--prior", soft_policy,
                 "--no-init-from-prior",
             ),
-            "residual_ppo plain": submit("residual_ppo plain", "residual_ppo", *plain, *weights),
+            "residual_ppo plain": submit("residual_ppo plain", "residual_ppo", *plain, *weights, "--desired-kl", 0),
             "soft_ppo relu": soft_relu,
             "residual_ppo relu": submit(
                 "residual_ppo relu", "residual_ppo", *PENDULUM, "--addon", "none", *weights, "--omega", 0.5,
