@@ -1,6 +1,7 @@
 """Where everything runs if there is an accelerator, which a second CPU device stands for (see two_devices.py)."""
 
 import json
+import os
 
 import pytest
 from conftest import run_script
@@ -10,7 +11,7 @@ from conftest import run_script
 def said(tmp_path_factory):
     """What two_devices.py says of each script."""
     folder = tmp_path_factory.mktemp("two")
-    process = run_script("tests/two_devices", folder, cwd=folder)
+    process = run_script("tests/two_devices", folder, cwd=folder, env=os.environ)  # a process of its own
     assert process.returncode == 0, process.stderr
     return json.loads((folder / "said.json").read_text())
 
