@@ -841,7 +841,7 @@ def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: 
     alpha = float(prior_info.get("alpha", 0)) if args.prior_alpha is None else args.prior_alpha
     plain = args.omega_prime is not None
     if alpha == 0 and scales and None in (args.omega_prime, args.alpha_hat):
-        raise StopRun("the prior's file names no alpha above 0; give --prior-alpha, or --omega-prime and --alpha-hat")
+        raise StopRun("no alpha above 0 is known of the prior; give --prior-alpha, or --omega-prime and --alpha-hat")
     defaults = {
         "prior_alpha": alpha,
         "omega_prime": scales and scales[0] * args.omega * alpha,
