@@ -11,7 +11,7 @@ from conftest import run_script
 def said(tmp_path_factory):
     """What two_devices.py says of each script."""
     folder = tmp_path_factory.mktemp("two")
-    process = run_script("tests/two_devices", folder, cwd=folder, env=os.environ)  # a process of its own
+    process = run_script("tests/two_devices", folder, cwd=folder, env=os.environ)  # no fork: it sets JAX's variables
     assert process.returncode == 0, process.stderr
     return json.loads((folder / "said.json").read_text())
 
