@@ -108,7 +108,7 @@ def trained_further(env_id: str) -> Setting:
 
 
 def tasks() -> Iterator[Setting]:
-    """Default flags on a second task of each environment, which no choice was made on."""
+    """Default flags on a second task of each environment."""
     for env_id, task in SECOND_TASKS.items():
         yield Setting(f"{env_id}-v4", task, f"--addon {task}")
 
