@@ -35,12 +35,11 @@ SAC_SHORT = (
     "--learning-starts", "220", "--updates-per-step", "0.0625", "--batch-size", "32",
     "--critic-hidden-sizes", "16", "16",
 )  # fmt: skip
-FORKED_VARIABLES: dict[str, str] = {}  # those of the tests' beginning, which the process has that is forked
 SAC_PENDULUM = ("--env-id", "InvertedPendulum-v4", *SAC_SHORT, "--hidden-sizes", "32", "32")
-
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([*forked.PACKAGES, "forked"])
+FORKED_VARIABLES: dict[str, str] = {}  # those of the tests' beginning, which the process has that is forked
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist, which runs the test files in two processes
 
 
