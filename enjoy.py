@@ -143,6 +143,7 @@ DISCRETE_TASKS = {
     "cart-pole-centre": AddonTask("CartPole", "|x| (m)", lambda s, a, t: abs(t[..., 0]), lambda x: -x / 2.4),
     "lunar-lander-engine": AddonTask("LunarLander", "main engine on", lambda s, a, t: a[..., 2], lambda x: -0.5 * x),
     "highway-right": AddonTask("highway-fast", "lane", lambda s, a, t: xp.round(3 * t[..., 2]), lambda x: 0.25 * x),
+    "highway-slow": AddonTask("highway-fast", "v (m/s)", lambda s, a, t: 80 * t[..., 3], lambda v: 0.05 * (20 - v)),
     "none": AddonTask("", "–", lambda s, a, t: 0 * t[..., 0], lambda x: x),
 }
 BASIC_TASKS = {  # that stand for the environment's own reward

@@ -33,6 +33,7 @@ import tyro
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 EPISODES = 100  # of an evaluation
+HIGHWAY_STEPS = 30  # of an episode of highway-fast that no crash ends
 SMOKE_FLAGS = "--num-envs 8 --num-steps 16 --total-timesteps 512 --eval-episodes 2"
 COLUMNS = ("total", "basic", "addon", "quantity")
 CLOCK_COLUMNS = ("steps", "stochastic", "deterministic")
@@ -187,13 +188,14 @@ def init() -> Iterator[Setting]:
 
 def discrete() -> Iterator[Setting]:
     """Residual DQN on a discrete prior, with log pi left out, and DQN from scratch on the full reward."""
-    for env_id, flags in (
-        ("CartPole-v1", ""),
-        ("highway-fast-v0", "--alpha 0.05 --gamma 0.8"),
-        ("LunarLander-v3", "--alpha 0.1 --total-timesteps 400000"),
+    steps = "--total-timesteps 400000"
+    for env_id, budget, flags in (
+        ("CartPole-v1", "", ""),
+        ("highway-fast-v0", steps, f"--alpha 0.05 --gamma 0.8 {steps}"),
+        ("LunarLander-v3", "", f"--alpha 0.1 {steps}"),
     ):
-        yield Setting(env_id, "residual_dqn.py", "", "residual_dqn")
-        yield Setting(env_id, "greedy, omega' = 0", "--omega-prime 0", "residual_dqn")
+        yield Setting(env_id, "residual_dqn.py", budget, "residual_dqn")
+        yield Setting(env_id, "greedy, omega' = 0", f"--omega-prime 0 {budget}".strip(), "residual_dqn")
         yield Setting(env_id, "full, soft_dqn.py", f"--addon default {flags}".strip(), "soft_dqn")
 
 
@@ -280,7 +282,8 @@ def run_script(setting: Setting, seed: int, smoke: bool) -> dict[str, object]:
         results = json.loads((run_dir / "eval.json").read_text())
         info = json.loads((run_dir / "args.json").read_text())
         metrics = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True)
-    row = {
+        driving = play_highway(run_dir, list(results)) if setting.env_id.startswith("highway") else {}
+    row = driving | {
         "commit": info["git_commit"][:7],
         "episodes": str(info["args"]["eval_episodes"]),
         "minutes": f"{metrics['elapsed_s'][-1] / 60:.2f}",
@@ -292,6 +295,23 @@ def run_script(setting: Setting, seed: int, smoke: bool) -> dict[str, object]:
         role = "prior" if policy == "prior" else "policy"
         for actions in ("stochastic", "deterministic"):
             row |= {f"{role} {actions} {name}": f"{means[actions][name]:.6g}" for name in COLUMNS}
+    return row
+
+
+def play_highway(run_dir: Path, policies: list[str]) -> dict[str, str]:
+    """The paper's metrics of driving, of EPISODES other episodes: share that reach the end, length, speed in m/s."""
+    row = {}
+    for policy, actions in ((policy, actions) for policy in policies for actions in CLOCK_COLUMNS[1:]):
+        path = run_dir / ("prior.safetensors" if policy == "prior" else "policy.safetensors")
+        command = [sys.executable, str(ROOT / "enjoy.py"), str(path), "--addon", "highway-slow", "--seed", "1000"]
+        command += ["--episodes", str(EPISODES), "--json", str(out := run_dir / f"{policy} {actions}.json")]
+        command += ["--deterministic"] if actions == "deterministic" else []
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        (played,) = json.loads(out.read_text())["policies"]
+        speed, length = (np.array([x[name] for x in played["episodes"]]) for name in ("quantity", "length"))
+        role = "prior" if policy == "prior" else "policy"
+        for name, x in {"success": length == HIGHWAY_STEPS, "length": length, "speed": speed}.items():
+            row[f"{role} {actions} {name}"] = f"{x.mean():.6g}"
     return row
 
 
@@ -370,7 +390,24 @@ def markdown(rows: list[dict[str, str]], name: str) -> str:
         if of_seed := priors.pop((env_id, prior_of(runs[0])), None):
             lines.append(table_row(env_id, f"prior{prior_of(runs[0])}", "prior", list(of_seed.values()), rows))
         lines.append(table_row(env_id, label, "policy", runs, rows))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + driving_table([row for row in rows if row.get("policy stochastic speed")])) + "\n"
+
+
+def driving_table(rows: list[dict[str, str]]) -> list[str]:
+    """What the paper tells of driving, with sampled / deterministic actions; [] without such runs."""
+    if not rows:
+        return []
+    lines = ["", "| highway | share that reaches the end | length (s) | speed (m/s) |", "|---|---|---|---|"]
+    players = [("prior", "prior", rows[:1])]  # the same episodes in every run
+    for label in dict.fromkeys(row["label"] for row in rows):
+        players.append((label, "policy", [row for row in rows if row["label"] == label]))
+    for label, role, runs in players:
+        cells = []
+        for name, digits in {"success": 2, "length": 1, "speed": 1}.items():
+            values = ([float(row[f"{role} {x} {name}"]) for row in runs] for x in CLOCK_COLUMNS[1:])
+            cells.append(" / ".join(mean_and_interval(x, digits) for x in values))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
 
 
 def episodes_of(rows: list[dict[str, str]]) -> str:

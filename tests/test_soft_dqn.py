@@ -324,11 +324,12 @@ def test_simulator_takes_one_hot_actions_and_gives_flat_observations_and_the_bas
                 np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_highway_s_lane_is_that_of_the_simulator():
-    """The lane read from the observation, scaled as EnvPool does, is what highway-env says of its own vehicle."""
+def test_highway_s_lane_and_speed_are_those_of_the_simulator():
+    """Lane and speed read from the observation, scaled as EnvPool does, are what highway-env says of its vehicle."""
     pytest.importorskip("highway_env")
     env = gymnasium.make("highway-fast-v0")
     quantity, lanes = soft_dqn.DISCRETE_TASKS["highway-right"].quantity, set()
+    speed = soft_dqn.DISCRETE_TASKS["highway-slow"].quantity
     for seed in range(4):
         obs, _ = env.reset(seed=seed)
         for action in (2, 2, 1, 0, 0):
@@ -338,6 +339,7 @@ def test_highway_s_lane_is_that_of_the_simulator():
             y = env.unwrapped.vehicle.position[1]  # in metres; a lane is 4 wide
             lane = float(quantity(None, None, obs.ravel()))
             assert lane == np.round(y / 4)
+            np.testing.assert_allclose(speed(None, None, obs.ravel()), env.unwrapped.vehicle.velocity[0], rtol=1e-5)
             lanes.add(lane)
     assert lanes == {0, 1, 2}
     pool = soft_dqn.envpool.make("highway-fast-v0", env_type="gymnasium", num_envs=32, seed=1)
