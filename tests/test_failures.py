@@ -11,8 +11,8 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import flax.serialization
 import jax
@@ -30,6 +30,7 @@ from conftest import (
     read_policy,
     run_main,
     run_script,
+    script_path,
     start_script,
     wait_for_rows,
     write_policy,
@@ -551,7 +552,8 @@ def test_run_interrupted_by_ctrl_c_tells_how_to_resume_and_does(tmp_path, pendul
     write_policy(prior, runs["soft_ppo seed 2"].folder / "policy.safetensors", alpha="0.7", gamma="0.5")
     command = shlex.split(stderr[stderr.index("python ") :])
     assert command[0] == "python"
-    resumed = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert Path(command[1]).samefile(script_path("residual_ppo"))
+    resumed = run_script("residual_ppo", *command[2:], cwd=tmp_path)
     assert (resumed.returncode, resumed.stderr) == (0, "")
     assert_complete(run_dir, 150)
 

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
+import tyro
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "results"))
@@ -74,39 +75,42 @@ def test_only_a_run_with_the_same_flags_stands_for_one_of_another_table(tmp_path
 
 
 def call_reproduce(*flags):
-    """Exit code and output of `reproduce.py init`."""
-    command = [sys.executable, str(ROOT / "results" / "reproduce.py"), "init", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    """What `reproduce.py init` does in this process."""
+    reproduce.main(tyro.cli(reproduce.Args, args=["init", *map(str, flags)]))
 
 
-def test_smoke_run_fills_a_table_and_is_not_repeated(tmp_path):
-    """Really run, with tiny budgets; the second call finds all rows there."""
+def test_smoke_run_fills_a_table_and_is_not_repeated(tmp_path, capsys):
+    """Really run, with tiny budgets, from the command line; the second call finds all rows there."""
     flags = ("--smoke", "--out", tmp_path, "--labels", "from scratch")
-    first = call_reproduce(*flags)
+    command = [sys.executable, str(ROOT / "results" / "reproduce.py"), "init", *map(str, flags)]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert first.returncode == 0, first.stderr
     assert "1 runs to go" in first.stdout
     table = (tmp_path / "init.md").read_text()
     assert "| prior |" in table and "| from scratch |" in table
     assert (tmp_path / "init.png").read_bytes().startswith(b"\x89PNG")
-    again = call_reproduce(*flags)
-    assert again.returncode == 0
-    assert "to go" not in again.stdout
+    call_reproduce(*flags)
+    assert "to go" not in capsys.readouterr().out
     assert (tmp_path / "init.md").read_text() == table
 
 
-def test_a_failed_run_is_said_and_leaves_no_row(tmp_path):
+def test_a_failed_run_is_said_and_leaves_no_row(tmp_path, capsys):
     """No environment can have a negative seed, which the script finds, not reproduce.py."""
-    failed = call_reproduce("--smoke", "--out", tmp_path, "--labels", "from scratch", "--seeds", "-1")
-    assert failed.returncode == 1
-    assert "--seed is -1" in failed.stdout
-    assert failed.stderr.startswith("reproduce.py: 1 runs failed") and failed.stderr.count("\n") == 1
+    with pytest.raises(SystemExit) as ended:
+        call_reproduce("--smoke", "--out", tmp_path, "--labels", "from scratch", "--seeds", "-1")
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert "--seed is -1" in said.out
+    assert said.err.startswith("reproduce.py: 1 runs failed") and said.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("flags", [("--env-ids", "Hoper-v4"), ("--labels", "scratch"), ("--no-run",)])
-def test_what_the_table_does_not_have_is_one_line(flags, tmp_path):
+def test_what_the_table_does_not_have_is_one_line(flags, tmp_path, capsys):
     """Nothing is run, nothing written."""
-    refused = call_reproduce(*flags, "--out", tmp_path)
-    assert refused.returncode == 2
-    assert flags[-1].strip("-") in refused.stderr and refused.stderr.count("\n") == 1
+    with pytest.raises(SystemExit) as ended:
+        call_reproduce(*flags, "--out", tmp_path)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert flags[-1].strip("-") in said and said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
