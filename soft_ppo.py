@@ -950,7 +950,8 @@ def load_checkpoint(run_dir: Path, template: Any) -> Any:
     return jax.tree.map(jnp.asarray, state).replace(**anew)
 
 
-SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy", "omega_prime")  # if there are such
+SHOWN = ("basic_return", "kept_return", "addon_return", "total_return")  # if there are such
+SHOWN += ("kl_to_prior", "entropy", "omega_prime", "alpha_hat")
 CAUSES = {  # of numbers that are not finite, in the order of what follows from what
     "basic_reward": "the environment's own reward",
     "addon_reward": "the reward of the add-on task {addon}, whose quantity {label} or reward wants mending,",
@@ -1005,7 +1006,7 @@ class Run(contextlib.AbstractContextManager):
         self.bar.start()
         self.written_at = time.time()
         self.start = self.written_at - (float(rows[-1][1]) if len(rows) > 1 else 0)  # of the clock, less interruptions
-        self.saved_at = self.next_report = self.next_line = self.signal = 0
+        self.saved_at = self.next_report = self.next_line = self.signal = self.warned = 0
         self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def __exit__(self, kind: Any, error: Any, *_: Any) -> None:
@@ -1043,8 +1044,11 @@ class Run(contextlib.AbstractContextManager):
             what = f"{cause.format(**names)} is" if cause else f"{', '.join(bad)} are"
             what += f" not finite in iteration {iteration}; the state before it is in {self.folder}"
             raise StopRun(what + ("" if cause else "; try a lower learning rate"), exit_code=1)
-        if metrics.pop("episodes_seen") == 0:
+        if (seen := metrics.pop("episodes_seen")) == 0:
             metrics |= {name: np.nan for name in metrics if name.endswith(("_return", "_quantity", "_length"))}
+        if seen == self.args.num_envs and metrics.get("kept_return", 1) < 0.5 and not self.warned:
+            CONSOLE.print("note     the basic return is below half of the prior's; a larger --omega keeps more of it")
+            self.warned = True
         self.state, global_step = state, iteration * self.iteration_steps
         now, last = time.time(), global_step >= self.total
         speed, self.written_at = self.iteration_steps / (now - self.written_at), now
@@ -1066,8 +1070,8 @@ class Run(contextlib.AbstractContextManager):
         """Show an iteration in TensorBoard and on the terminal."""
         for name, value in metrics.items():
             self.tensorboard.add_scalar(name, value, global_step)
-        shown = {name.replace("_prime", "'").partition("_")[0]: metrics[name] for name in SHOWN if name in metrics}
-        text = " ".join([f"{speed:,.0f} steps/s", *(f"{name} {x:.4g}" for name, x in shown.items())])
+        shown = [(name.removesuffix("_return").replace("_prime", "'"), metrics.get(name)) for name in SHOWN]
+        text = " ".join([f"{speed:,.0f} steps/s", *(f"{name} {x:.4g}" for name, x in shown if x is not None)])
         self.bar.update(self.task, completed=global_step, description=text)
         if self.bar.disable and (time.time() >= self.next_line or global_step >= self.total):
             self.next_line = time.time() + 10

@@ -622,6 +622,12 @@ def train_discrete(
     return state
 
 
+def log_kept(log: Callable, prior_return: float, iteration: int, state: Any, metrics: Metrics) -> None:
+    """Log an iteration, with the share of the prior's basic return, if that is above 0, that the last episodes have."""
+    kept = {"kept_return": metrics["basic_return"] / prior_return} if prior_return > 0 else {}
+    log(iteration, state, metrics | kept)
+
+
 def main(args: Args, open_run: Callable) -> None:
     """Customise the prior; open_run is DiscreteRun, below, or what stands for it: the log, and who keeps results."""
     prior, prior_info = load_categorical(args.prior)
@@ -632,16 +638,20 @@ def main(args: Args, open_run: Callable) -> None:
     actor = dataclasses.replace(prior.actor, hidden_sizes=args.hidden_sizes, last_scale=0.0)  # Q_R = 0
     state = init_dqn_state(args, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS))
     policy_of = partial(customised_policy, args, prior)
+    seeds = np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), len(ACTIONS))
+
+    def play(policies):  # each in environments of its own, which start alike
+        return evaluate_categorical(make_env(simulator_of(seeds), task, False), policies, args.omega, args.seed)
+
     with open_run(args, simulator, task, state) as run:
+        results = play({"prior": prior})
+        log = partial(log_kept, run.write, results["prior"]["stochastic"]["basic"].mean())
         env = make_env(simulator, task, squash=False)
         update = partial(residual_dqn_update, args, jax.device_put(prior, jax.devices()[0]))
-        state = train_discrete(env, policy_of, update, args, run.state, run.write)
-    policies = {"prior": prior, "customised": policy_of(state)}
-    eval_seeds = np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), 4)  # two policies, with either actions
-    results = evaluate_categorical(
-        make_env(simulator_of(eval_seeds), task, squash=False), policies, args.omega, args.seed
-    )
-    run.save_policy(policies["customised"], args.alpha_hat, results["customised"])
+        state = train_discrete(env, policy_of, update, args, run.state, log)
+    policy = policy_of(state)
+    results |= play({"customised": policy})
+    run.save_policy(policy, args.alpha_hat, results["customised"])
     run.finish(task.label, results)
 
 
@@ -819,7 +829,8 @@ def load_checkpoint(run_dir: Path, template: Any) -> Any:
     return jax.tree.map(jnp.asarray, state).replace(**anew)
 
 
-SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy", "omega_prime")  # if there are such
+SHOWN = ("basic_return", "kept_return", "addon_return", "total_return")  # if there are such
+SHOWN += ("kl_to_prior", "entropy", "omega_prime", "alpha_hat")
 
 
 class DiscreteRun(contextlib.AbstractContextManager):

@@ -738,23 +738,34 @@ def train_off_policy(env: Env, update: Callable, args: Args, state: SACState, lo
     return state
 
 
+def log_kept(log: Callable, prior_return: float, iteration: int, state: Any, metrics: Metrics) -> None:
+    """Log an iteration, with the share of the prior's basic return, if that is above 0, that the last episodes have."""
+    kept = {"kept_return": metrics["basic_return"] / prior_return} if prior_return > 0 else {}
+    log(iteration, state, metrics | kept)
+
+
 def main(args: Args, open_run: Callable) -> None:
     """Customise the prior. open_run is Run, below, or what stands for it in a copy: the log, and who keeps results."""
     prior, prior_info = load_policy(args.prior)
     args = resolve_args(args, prior, prior_info, SAC_SCALES)
-    simulator = make_simulator(args.env_id, args.env_kwargs, env_seeds(args.seed, TRAINING, args.num_envs))
+    simulator_of = partial(make_simulator, args.env_id, args.env_kwargs)
+    simulator = simulator_of(env_seeds(args.seed, TRAINING, args.num_envs))
     task, actor = ADDON_TASKS[args.addon]._replace(coef=args.addon_coef), prior.actor
     actor = dataclasses.replace(actor, hidden_sizes=args.hidden_sizes)
     state = init_sac_state(args, args.alpha_hat, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS))
     if args.init_from_prior:
         state = state.replace(params=state.params | {"actor": prior.params}, obs_stats=prior.obs_stats)
+    seeds = np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), len(ACTIONS))
+
+    def play(policies):  # each in environments of its own, which start alike
+        return evaluate(make_env(simulator_of(seeds), task, actor.squash), policies, args.omega, args.seed)
+
     with open_run(args, simulator, task, state) as run:
+        results = play({"prior": prior})
+        log = partial(log_kept, run.write, results["prior"]["stochastic"]["basic"].mean())
         update = partial(residual_sac_update, args, jax.device_put(prior, jax.devices()[0]))
-        env = make_env(simulator, task, actor.squash)
-        state = train_off_policy(env, update, args, run.state, run.write)
-    seeds = np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), 4)  # two policies, with either actions
-    eval_env = make_env(make_simulator(args.env_id, args.env_kwargs, seeds), task, actor.squash)
-    results = evaluate(eval_env, {"prior": prior, "customised": state.policy}, args.omega, args.seed)
+        state = train_off_policy(make_env(simulator, task, actor.squash), update, args, run.state, log)
+    results |= play({"customised": state.policy})
     run.save_policy(state.policy, args.alpha_hat, results["customised"])
     run.finish(task.label, results)
 
@@ -966,7 +977,8 @@ def load_checkpoint(run_dir: Path, template: Any) -> Any:
     return jax.tree.map(jnp.asarray, state).replace(**anew)
 
 
-SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy", "omega_prime")  # if there are such
+SHOWN = ("basic_return", "kept_return", "addon_return", "total_return")  # if there are such
+SHOWN += ("kl_to_prior", "entropy", "omega_prime", "alpha_hat")
 CAUSES = {  # of numbers that are not finite, in the order of what follows from what
     "basic_reward": "the environment's own reward",
     "addon_reward": "the reward of the add-on task {addon}, whose quantity {label} or reward wants mending,",
@@ -1021,7 +1033,7 @@ class Run(contextlib.AbstractContextManager):
         self.bar.start()
         self.written_at = time.time()
         self.start = self.written_at - (float(rows[-1][1]) if len(rows) > 1 else 0)  # of the clock, less interruptions
-        self.saved_at = self.next_report = self.next_line = self.signal = 0
+        self.saved_at = self.next_report = self.next_line = self.signal = self.warned = 0
         self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def __exit__(self, kind: Any, error: Any, *_: Any) -> None:
@@ -1059,8 +1071,11 @@ class Run(contextlib.AbstractContextManager):
             what = f"{cause.format(**names)} is" if cause else f"{', '.join(bad)} are"
             what += f" not finite in iteration {iteration}; the state before it is in {self.folder}"
             raise StopRun(what + ("" if cause else "; try a lower learning rate"), exit_code=1)
-        if metrics.pop("episodes_seen") == 0:
+        if (seen := metrics.pop("episodes_seen")) == 0:
             metrics |= {name: np.nan for name in metrics if name.endswith(("_return", "_quantity", "_length"))}
+        if seen == self.args.num_envs and metrics.get("kept_return", 1) < 0.5 and not self.warned:
+            CONSOLE.print("note     the basic return is below half of the prior's; a larger --omega keeps more of it")
+            self.warned = True
         self.state, global_step = state, iteration * self.iteration_steps
         now, last = time.time(), global_step >= self.total
         speed, self.written_at = self.iteration_steps / (now - self.written_at), now
@@ -1082,8 +1097,8 @@ class Run(contextlib.AbstractContextManager):
         """Show an iteration in TensorBoard and on the terminal."""
         for name, value in metrics.items():
             self.tensorboard.add_scalar(name, value, global_step)
-        shown = {name.replace("_prime", "'").partition("_")[0]: metrics[name] for name in SHOWN if name in metrics}
-        text = " ".join([f"{speed:,.0f} steps/s", *(f"{name} {x:.4g}" for name, x in shown.items())])
+        shown = [(name.removesuffix("_return").replace("_prime", "'"), metrics.get(name)) for name in SHOWN]
+        text = " ".join([f"{speed:,.0f} steps/s", *(f"{name} {x:.4g}" for name, x in shown if x is not None)])
         self.bar.update(self.task, completed=global_step, description=text)
         if self.bar.disable and (time.time() >= self.next_line or global_step >= self.total):
             self.next_line = time.time() + 10

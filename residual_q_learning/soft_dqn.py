@@ -773,7 +773,8 @@ def load_checkpoint(run_dir: Path, template: Any) -> Any:
     return jax.tree.map(jnp.asarray, state).replace(**anew)
 
 
-SHOWN = ("basic_return", "addon_return", "total_return", "kl_to_prior", "entropy", "omega_prime")  # if there are such
+SHOWN = ("basic_return", "kept_return", "addon_return", "total_return")  # if there are such
+SHOWN += ("kl_to_prior", "entropy", "omega_prime", "alpha_hat")
 
 
 class DiscreteRun(contextlib.AbstractContextManager):

@@ -225,6 +225,22 @@ def test_flags_that_an_older_run_does_not_know_are_named(tmp_path, runs, capsys)
     assert re.search(r"note .*older.*: target_kl\n", capsys.readouterr().out)
 
 
+def test_a_run_says_once_that_it_loses_the_prior_when_all_environments_have_had_an_episode(tmp_path, capsys):
+    args = residual_ppo.Args(env_id="Hopper-v4", runs_dir=tmp_path, num_envs=2, prior=HOPPER, progress=False)
+    simulator = residual_ppo.make_simulator("Hopper-v4", "{}", np.arange(2))
+    actor = residual_ppo.load_policy(HOPPER)[0].actor
+    state = residual_ppo.init_state(args, actor, 11, residual_ppo.seed_words(1, residual_ppo.NETWORKS))
+    said = []
+    with residual_ppo.Run(args, simulator, residual_ppo.ADDON_TASKS["none"], state) as run:
+        for iteration, (basic, seen) in enumerate([(0.0, 0), (900.0, 1), (1600.0, 2), (1400.0, 2), (1300.0, 2)], 1):
+            metrics = {"basic_return": basic, "entropy": 1.0, "episodes_seen": seen}
+            residual_ppo.log_kept(run.write, 3000.0, iteration, state, metrics)
+            said.append("note     the basic return is below half" in capsys.readouterr().out)
+    assert said == [False, False, False, True, False]
+    kept = [float(row["kept_return"]) for row in read_metrics(run.folder)]
+    np.testing.assert_allclose(kept, [np.nan, 0.3, 1600 / 3000, 1400 / 3000, 1300 / 3000], rtol=1e-5)
+
+
 def test_prior_too_narrow_for_float32_is_refused_and_a_log_prob_that_is_not_finite_names_the_prior(tmp_path):
     args = residual_ppo.Args(env_id="Hopper-v4", runs_dir=tmp_path, prior=HOPPER, addon="none", progress=False)
     simulator = residual_ppo.make_simulator("Hopper-v4", "{}", np.arange(2))

@@ -233,6 +233,15 @@ def test_run_from_scratch_is_not_the_prior(runs):
     assert abs(float(read_metrics(runs["residual_ppo from scratch"].folder)[0]["kl_to_prior"])) > 1e-3
 
 
+def test_log_has_the_share_of_the_prior_s_basic_return_that_is_kept(runs):
+    run_dir = runs["residual_ppo from scratch"].folder
+    prior = json.loads((run_dir / "eval.json").read_text())["prior"]["mean"]["stochastic"]["basic"]
+    rows = read_metrics(run_dir)
+    found, basic = ([float(row[name]) for row in rows] for name in ("kept_return", "basic_return"))
+    assert np.isfinite(found[-1])
+    np.testing.assert_allclose(found, np.divide(basic, prior), rtol=1e-4)
+
+
 def test_run_that_starts_from_the_prior_keeps_its_normaliser(runs, prior):
     before = safetensors.numpy.load_file(prior)
     after = safetensors.numpy.load_file(runs["residual_ppo"].folder / "policy.safetensors")

@@ -38,4 +38,4 @@ def test_another_seed_compiles_nothing_anew_but_what_names_envpool_s_environment
     """EnvPool writes their address into the programs that step them, which no other run can use."""
     first, second = said[name]["compiled"]
     assert {UPDATES[name], "init_state" if name == "residual_ppo" else "init_sac_state"} < set(first)
-    assert second == ["first_episodes", "rollout"]
+    assert set(second) == {"first_episodes", "rollout"}
