@@ -1166,10 +1166,13 @@ def plot_learning_curve(run_dir: Path) -> None:
 
     data = np.atleast_1d(np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True))
     shown = [name for name in SHOWN if name in data.dtype.names]
-    figure = matplotlib.figure.Figure(figsize=(3 * len(shown), 3), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(shown)), shown, strict=True):
+    figure = matplotlib.figure.Figure(figsize=(3 * -(-len(shown) // 2), 5), layout="constrained")
+    grid = figure.subplots(2, -(-len(shown) // 2), sharex=True).flat
+    for name, axes in zip(shown, grid, strict=False):
         axes.plot(data["global_step"], data[name])
         axes.set_title(name.replace("_", " "))
+    for axes in grid:  # of an odd number the last
+        axes.remove()
     figure.supxlabel("environment steps")
     figure.savefig(run_dir / "learning_curve.png", dpi=120)
 
