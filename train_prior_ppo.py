@@ -1005,7 +1005,7 @@ class Run(contextlib.AbstractContextManager):
         self.tensorboard = tensorboardX.SummaryWriter(str(self.folder), purge_step=first_step + 1)
         self.bar = rich.progress.Progress(console=CONSOLE, refresh_per_second=2)
         self.bar.disable = not (args.progress and CONSOLE.is_terminal)
-        self.task = self.bar.add_task("compiling", total=self.total, completed=first_step)
+        self.task = self.bar.add_task("starting", total=self.total, completed=first_step)
         self.bar.start()
         self.written_at = time.time()
         self.start = self.written_at - (float(rows[-1][1]) if len(rows) > 1 else 0)  # of the clock, less interruptions

@@ -75,7 +75,7 @@ class Args:
     checkpoint_interval: float = 30.0
     """seconds between checkpoints (0: after every iteration)"""
     eval_episodes: int = 20
-    """episodes of the final evaluation, with sampled and again with deterministic actions"""
+    """episodes of an evaluation, with sampled and again with deterministic actions"""
 
     # environment and task
     env_id: str = "CartPole-v1"

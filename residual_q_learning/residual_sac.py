@@ -82,7 +82,7 @@ class Args:
     wandb_entity: str | None = None
     """the team of --track"""
     eval_episodes: int = 20
-    """episodes of the final evaluation, with sampled and again with deterministic actions"""
+    """episodes of an evaluation, with sampled and again with deterministic actions"""
 
     # environment and task
     env_id: str = "HalfCheetah-v4"
@@ -1029,7 +1029,7 @@ class Run(contextlib.AbstractContextManager):
         self.tensorboard = tensorboardX.SummaryWriter(str(self.folder), purge_step=first_step + 1)
         self.bar = rich.progress.Progress(console=CONSOLE, refresh_per_second=2)
         self.bar.disable = not (args.progress and CONSOLE.is_terminal)
-        self.task = self.bar.add_task("compiling", total=self.total, completed=first_step)
+        self.task = self.bar.add_task("starting", total=self.total, completed=first_step)
         self.bar.start()
         self.written_at = time.time()
         self.start = self.written_at - (float(rows[-1][1]) if len(rows) > 1 else 0)  # of the clock, less interruptions
