@@ -910,6 +910,7 @@ class DiscreteRun(contextlib.AbstractContextManager):
         print(*row.values(), sep=",", file=self.csv)
         if now >= self.next_report or self.signal or iteration == num_iterations(self.args):
             self.next_report = now + 5
+            metrics = {name: x for name, x in metrics.items() if np.isfinite(x)}
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, global_step)
             values = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]

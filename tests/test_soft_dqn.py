@@ -383,6 +383,18 @@ def test_runs_are_complete_and_learn_once_there_is_enough(dqn_runs):
         assert left == expected | ({"prior.safetensors"} if name == "residual_dqn" else set())
 
 
+def test_log_has_nothing_to_show_before_the_first_episode_ends(tmp_path, caplog, capsys):
+    """TensorBoard's writer would complain of NaN, the terminal show it; the row has it."""
+    args = soft_dqn.Args(runs_dir=tmp_path, num_envs=2, alpha=0.1, addon="none", basic="own")
+    simulator = soft_dqn.make_discrete_simulator("CartPole-v1", "{}", "own", np.arange(2))
+    state = soft_dqn.init_dqn_state(args, soft_dqn.QNetwork(2, (4,)), 4, soft_dqn.seed_words(1, soft_dqn.NETWORKS))
+    with soft_dqn.DiscreteRun(args, simulator, soft_dqn.DISCRETE_TASKS["none"], state) as run:
+        run.write(1, state, {"basic_return": 0.0, "entropy": 0.5, "episodes_seen": 0})
+    assert caplog.records == []
+    assert re.search(r"steps/s  entropy 0.5$", capsys.readouterr().out, re.MULTILINE)
+    assert read_metrics(run.folder)[0]["basic_return"] == "nan"
+
+
 def test_first_customised_policy_is_the_prior(dqn_runs):
     divergences = [float(row["kl_to_prior"]) for row in read_metrics(dqn_runs["residual_dqn"])]
     assert max(map(abs, divergences[:2])) < 1e-7 < 1e-6 < min(divergences[2:])
