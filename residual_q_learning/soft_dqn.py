@@ -901,9 +901,11 @@ def results_table(quantity: str, results: Results) -> rich.table.Table:
     for name, digits in {"objective": 0, "total": 0, "basic": 0, "addon": 0, "quantity": 3, "length": 0}.items():
         cells = [f"{x[name].mean():.{digits}f} ± {x[name].std():.{digits}f}" for x in columns.values()]
         table.add_row({"addon": "add-on", "quantity": quantity}.get(name, name), *cells)
-    basic = [x["stochastic"]["basic"].mean() for x in results.values()]  # the prior's is the first, if there is one
-    if basic[-1] < basic[0] - 0.3 * abs(basic[0]):
-        table.caption = f"basic return fell from {basic[0]:.0f} to {basic[-1]:.0f}; a larger --omega keeps more of it"
+    for actions in ACTIONS:
+        basic = [x[actions]["basic"].mean() for x in results.values()]  # the prior's is the first, if there is one
+        if basic[-1] < basic[0] - 0.3 * abs(basic[0]):
+            what = f"with {actions} actions the basic return fell from {basic[0]:.0f} to {basic[-1]:.0f}"
+            table.caption = f"{what}; a larger --omega keeps more of it"
     return table
 
 

@@ -225,6 +225,26 @@ def test_flags_that_an_older_run_does_not_know_are_named(tmp_path, runs, capsys)
     assert re.search(r"note .*older.*: target_kl\n", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("basic", "said"),
+    [
+        ((69, 100), "with stochastic actions .* 100 to 69"),
+        ((100, 69), "with deterministic .* 100 to 69"),
+        ((71, 71), ""),
+    ],
+)
+def test_table_says_which_actions_have_lost_the_prior(basic, said):
+    def row(*means):
+        names = ("objective", "total", "basic", "addon", "quantity", "length")
+        return {
+            actions: dict.fromkeys(names, np.array([x - 1.0, x + 1.0]))
+            for actions, x in zip(residual_ppo.ACTIONS, means, strict=True)
+        }
+
+    caption = residual_ppo.results_table("x", {"prior": row(100, 100), "customised": row(*basic)}).caption or ""
+    assert bool(said) == bool(caption) and re.search(said, caption)
+
+
 def test_a_run_says_once_that_it_loses_the_prior_when_all_environments_have_had_an_episode(tmp_path, capsys):
     args = residual_ppo.Args(env_id="Hopper-v4", runs_dir=tmp_path, num_envs=2, prior=HOPPER, progress=False)
     simulator = residual_ppo.make_simulator("Hopper-v4", "{}", np.arange(2))
