@@ -81,9 +81,11 @@ def default() -> Iterator[Setting]:
     """Customisation with default flags, on every environment that has a prior; KL PPO where no other table has it."""
     for env_id in ("HalfCheetah-v4", "Hopper-v4", "Ant-v4", "Walker2d-v4", "Swimmer-v4", "Humanoid-v4"):
         yield Setting(env_id, DEFAULT)
-    for env_id in ("Swimmer-v4", "Humanoid-v4"):
-        survival = f" --survival-reward {survival_of(env_id):.6g}"
-        yield Setting(env_id, "KL PPO, ω′ = α̂ = 3 α, with c", weights(env_id, 3, 3) + survival)
+        if env_id == "Swimmer-v4":
+            yield Setting(env_id, "Residual PPO, a budget of 1 nat", "--budget 1")
+        if env_id in ("Swimmer-v4", "Humanoid-v4"):
+            survival = f" --survival-reward {survival_of(env_id):.6g}"
+            yield Setting(env_id, "KL PPO, ω′ = α̂ = 3 α, with c", weights(env_id, 3, 3) + survival)
     yield Setting("Ant-v4", "Residual PPO, ω = 0.5", "--omega 0.5")
 
 
