@@ -78,14 +78,13 @@ def weights(env_id: str, omega_prime: float, alpha_hat: float) -> str:
 
 
 def default() -> Iterator[Setting]:
-    """Customisation with default flags, on every environment that has a prior; KL PPO where no other table has it."""
-    for env_id in ("HalfCheetah-v4", "Hopper-v4", "Ant-v4", "Walker2d-v4", "Swimmer-v4", "Humanoid-v4"):
+    """Customisation with default flags where no choice was made, beside KL PPO; what customisation() does not have."""
+    for env_id in ("Swimmer-v4", "Humanoid-v4"):
+        survival = f" --survival-reward {survival_of(env_id):.6g}"
         yield Setting(env_id, DEFAULT)
         if env_id == "Swimmer-v4":
             yield Setting(env_id, "Residual PPO, a budget of 1 nat", "--budget 1")
-        if env_id in ("Swimmer-v4", "Humanoid-v4"):
-            survival = f" --survival-reward {survival_of(env_id):.6g}"
-            yield Setting(env_id, "KL PPO, ω′ = α̂ = 3 α, with c", weights(env_id, 3, 3) + survival)
+        yield Setting(env_id, "KL PPO, ω′ = α̂ = 3 α, with c", weights(env_id, 3, 3) + survival)
     yield Setting("Ant-v4", "Residual PPO, ω = 0.5", "--omega 0.5")
 
 
@@ -516,7 +515,7 @@ def overview() -> str:
     rows = list({(row["env_id"], row["label"], row["seed"]): row for row in rows}.values())
     names = ["prior", "trained on, $r$ known", "KL PPO, best β", f"**{DEFAULT.split(',')[0]}**"]
     lines = [f"| | {' | '.join(names)} |", "|---" * 5 + "|"]
-    for env_id in dict.fromkeys(setting.env_id for setting in default()):
+    for env_id in dict.fromkeys(setting.env_id for setting in (*customisation(), *default())):
         groups: dict[str, list[dict[str, str]]] = {}
         for row in (row for row in rows if row["env_id"] == env_id and row["label"] != "Residual PPO, ω = 0.5"):
             groups.setdefault(row["label"], []).append(row)
