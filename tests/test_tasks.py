@@ -137,14 +137,14 @@ def test_line_added_to_a_copy_of_a_script_is_tried_before_the_run(tmp_path):
 
 
 def counting_simulator(env_id, env_kwargs, seeds):
-    """In EnvPool's place, with Hopper's dimensions: the observation's first entry counts the steps."""
+    """In EnvPool's place, with Hopper's dimensions: the observation's first entry counts the steps, up to a limit."""
 
     def obs(count):
         return jnp.zeros((len(seeds), 11)).at[:, 0].set(count)
 
     def step(count, action):
         no = jnp.zeros(len(seeds), bool)
-        return count + 1, obs(count + 1), jnp.ones(len(seeds)), no, no
+        return count + 1, obs(count + 1), jnp.ones(len(seeds)), no, no | (count + 1 == 60)
 
     bounds = -np.ones(3, np.float32), np.ones(3, np.float32)
     return residual_ppo.Simulator(
@@ -362,7 +362,7 @@ def test_resumed_run_keeps_its_task_when_the_tasks_are_reordered(tmp_path, monke
     run_dir = shutil.copytree(interrupted, tmp_path / "run")  # this process keeps the lock of the other
     run(residual_ppo.Args(resume=run_dir))
     assert (run_dir / "eval.json").exists()
-    assert len(tasks) == 3  # of the training, of the training resumed, and of the evaluation
+    assert len(tasks) == 5  # of prior and training, of both when it is resumed, and of the customised policy
     assert {(task.label, task.coef) for task in tasks} == {("|θ| (rad)", 2.5)}
 
     path = run_dir / "policy.safetensors"
