@@ -976,8 +976,8 @@ class Run(contextlib.AbstractContextManager):
         """
         check_simulator(args, simulator, task, state)
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}".replace("/", "-")
-        self.folder, self.args, self.simulator = args.resume or args.runs_dir / name, args, simulator.version
-        self.label = task.label
+        self.folder, self.args = args.resume or args.runs_dir / name, args
+        self.simulator, self.label = simulator.version, task.label
         if args.track:
             start_tracking(args, self.folder.name)
         if not args.resume:
@@ -986,8 +986,7 @@ class Run(contextlib.AbstractContextManager):
             lock = os.open(self.folder / "args.json", os.O_RDWR)  # NFS locks only what is open for writing
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            what = f"another process goes on with the run {self.folder}; wait for it, or start a new run"
-            raise StopRun(what) from None
+            raise StopRun(f"another process goes on with the run {self.folder}; wait for it") from None
         self.state = load_checkpoint(self.folder, state) if args.resume else state
         CONSOLE.print(f"{args.env_id} on {jax.devices()[0].device_kind}, run folder {self.folder}")
         names = ("omega", "budget", "omega_prime", "alpha_hat", "survival_reward", "alpha", "ent_coef", "entropy")
@@ -1001,6 +1000,7 @@ class Run(contextlib.AbstractContextManager):
         rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
         rows = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= first_step]
         write_atomic(path, "".join(",".join(row) + "\n" for row in rows).encode())
+        self.columns = rows[0] if rows else []  # those of the version that began the run
         self.csv = path.open("a", buffering=1)
         self.tensorboard = tensorboardX.SummaryWriter(str(self.folder), purge_step=first_step + 1)
         self.bar = rich.progress.Progress(console=CONSOLE, refresh_per_second=2)
@@ -1052,15 +1052,15 @@ class Run(contextlib.AbstractContextManager):
         if seen == self.args.num_envs and metrics.get("kept_return", 1) < 0.5 and not self.warned:
             CONSOLE.print("note     the basic return is below half of the prior's; a larger --omega keeps more of it")
             self.warned = True
-        self.state, global_step = state, iteration * self.iteration_steps
-        now, last = time.time(), global_step >= self.total
+        self.state, global_step, now = state, iteration * self.iteration_steps, time.time()
         speed, self.written_at = self.iteration_steps / (now - self.written_at), now
         row = {"global_step": global_step, "elapsed_s": f"{now - self.start:.3f}", "steps_per_s": f"{speed:.0f}"}
         row |= {name: f"{value:.6g}" for name, value in metrics.items()}
-        if not self.csv.tell():
-            print(*row, sep=",", file=self.csv)
-        print(*row.values(), sep=",", file=self.csv)
-        if now >= self.next_report or last or self.signal:
+        if not self.columns:
+            self.columns = list(row)
+            print(*self.columns, sep=",", file=self.csv)
+        print(*(row.get(name, "nan") for name in self.columns), sep=",", file=self.csv)
+        if now >= self.next_report or global_step >= self.total or self.signal:
             self.next_report = now + 1
             self.report(global_step, speed, {name: x for name, x in metrics.items() if np.isfinite(x)})
         if self.signal:
@@ -1130,11 +1130,11 @@ def results_table(quantity: str, results: Results) -> rich.table.Table:
     for name, digits in {"objective": 0, "total": 0, "basic": 0, "addon": 0, "quantity": 3, "length": 0}.items():
         cells = [f"{x[name].mean():.{digits}f} ± {x[name].std():.{digits}f}" for x in columns.values()]
         table.add_row({"addon": "add-on", "quantity": quantity}.get(name, name), *cells)
-    for actions in ACTIONS:
-        basic = [x[actions]["basic"].mean() for x in results.values()]  # the prior's is the first, if there is one
-        if basic[-1] < basic[0] - 0.3 * abs(basic[0]):
-            what = f"with {actions} actions the basic return fell from {basic[0]:.0f} to {basic[-1]:.0f}"
-            table.caption = f"{what}; a larger --omega keeps more of it"
+    basic = {actions: [x[actions]["basic"].mean() for x in results.values()] for actions in ACTIONS}  # the prior first
+    fell = {actions: x for actions, x in basic.items() if x[-1] < x[0] - 0.3 * abs(x[0])}
+    if fell:
+        what = ", ".join(f"with {actions} actions from {x[0]:.0f} to {x[-1]:.0f}" for actions, x in fell.items())
+        table.caption = f"the basic return fell {what}; a larger --omega keeps more of it"
     return table
 
 

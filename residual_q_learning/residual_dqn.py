@@ -866,10 +866,11 @@ class DiscreteRun(contextlib.AbstractContextManager):
         rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
         rows = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= first_step]
         write_atomic(path, "".join(",".join(row) + "\n" for row in rows).encode())
+        self.columns = rows[0] if rows else []  # those of the version that began the run
         self.csv = path.open("a", buffering=1)
         self.tensorboard = tensorboardX.SummaryWriter(str(self.folder), purge_step=first_step + 1)
         self.start = time.time() - (float(rows[-1][1]) if len(rows) > 1 else 0)  # of the clock, less interruptions
-        self.saved_at = self.next_report = self.signal = 0
+        self.saved_at = self.next_report = self.signal = self.warned = 0
         self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def __exit__(self, kind: Any, error: Any, *_: Any) -> None:
@@ -900,14 +901,18 @@ class DiscreteRun(contextlib.AbstractContextManager):
         if bad := [name for name, value in metrics.items() if not np.isfinite(value)]:
             what = f"{', '.join(bad)} not finite in iteration {iteration}; the state before it is in {self.folder}"
             raise StopRun(f"{what}; mend the reward, or try a lower learning rate", exit_code=1)
-        if metrics.pop("episodes_seen") == 0:
+        if (seen := metrics.pop("episodes_seen")) == 0:
             metrics |= {name: np.nan for name in metrics if name.endswith(("_return", "_quantity", "_length"))}
+        if seen == self.args.num_envs and metrics.get("kept_return", 1) < 0.5 and not self.warned:
+            SCREEN.print("note     the basic return is below half of the prior's; a larger --omega keeps more of it")
+            self.warned = True
         self.state, global_step, now = state, iteration * self.iteration_steps, time.time()
         row = {"global_step": global_step, "elapsed_s": f"{now - self.start:.3f}"}
         row |= {name: f"{value:.6g}" for name, value in metrics.items()}
-        if not self.csv.tell():
-            print(*row, sep=",", file=self.csv)
-        print(*row.values(), sep=",", file=self.csv)
+        if not self.columns:
+            self.columns = list(row)
+            print(*self.columns, sep=",", file=self.csv)
+        print(*(row.get(name, "nan") for name in self.columns), sep=",", file=self.csv)
         if now >= self.next_report or self.signal or iteration == num_iterations(self.args):
             self.next_report = now + 5
             metrics = {name: x for name, x in metrics.items() if np.isfinite(x)}
@@ -957,11 +962,11 @@ def results_table(quantity: str, results: Results) -> rich.table.Table:
     for name, digits in {"objective": 0, "total": 0, "basic": 0, "addon": 0, "quantity": 3, "length": 0}.items():
         cells = [f"{x[name].mean():.{digits}f} ± {x[name].std():.{digits}f}" for x in columns.values()]
         table.add_row({"addon": "add-on", "quantity": quantity}.get(name, name), *cells)
-    for actions in ACTIONS:
-        basic = [x[actions]["basic"].mean() for x in results.values()]  # the prior's is the first, if there is one
-        if basic[-1] < basic[0] - 0.3 * abs(basic[0]):
-            what = f"with {actions} actions the basic return fell from {basic[0]:.0f} to {basic[-1]:.0f}"
-            table.caption = f"{what}; a larger --omega keeps more of it"
+    basic = {actions: [x[actions]["basic"].mean() for x in results.values()] for actions in ACTIONS}  # the prior first
+    fell = {actions: x for actions, x in basic.items() if x[-1] < x[0] - 0.3 * abs(x[0])}
+    if fell:
+        what = ", ".join(f"with {actions} actions from {x[0]:.0f} to {x[-1]:.0f}" for actions, x in fell.items())
+        table.caption = f"the basic return fell {what}; a larger --omega keeps more of it"
     return table
 
 

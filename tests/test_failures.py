@@ -648,6 +648,20 @@ def test_runs_begun_in_the_same_second_get_folders_of_their_own(tmp_path):
     assert all((run.folder / "args.json").exists() for run in (first, second))
 
 
+def test_run_of_a_version_that_logged_other_metrics_is_resumed_with_the_columns_it_began_with(tmp_path):
+    args = residual_ppo.Args(env_id="Hopper-v4", runs_dir=tmp_path, num_envs=2, num_steps=2, total_timesteps=8)
+    with new_run(args) as run:
+        state = run.state.replace(iteration=np.int32(1))
+        run.write(1, state, {"basic_return": 1.0, "gone": 2.0, "episodes_seen": 2})
+    resumed = shutil.copytree(run.folder, tmp_path / "resumed")  # the first is this process's
+    with new_run(dataclasses.replace(args, resume=resumed)) as run:
+        run.write(2, state, {"basic_return": 3.0, "kept_return": 0.9, "episodes_seen": 2})
+    rows = read_metrics(run.folder)
+    assert [row["basic_return"] for row in rows] == ["1", "3"] and [row["gone"] for row in rows] == ["2", "nan"]
+    residual_ppo.plot_learning_curve(run.folder)
+    assert (run.folder / "learning_curve.png").stat().st_size > 5000
+
+
 def test_run_folder_belongs_to_one_process_at_a_time(tmp_path):
     (tmp_path / "prior").write_bytes(b"a prior")
     args = residual_ppo.Args(env_id="Hopper-v4", runs_dir=tmp_path / "runs", prior=tmp_path / "prior")

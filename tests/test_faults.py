@@ -230,6 +230,7 @@ def test_flags_that_an_older_run_does_not_know_are_named(tmp_path, runs, capsys)
     [
         ((69, 100), "with stochastic actions .* 100 to 69"),
         ((100, 69), "with deterministic .* 100 to 69"),
+        ((69, 50), "with stochastic actions from 100 to 69, with deterministic actions from 100 to 50"),
         ((71, 71), ""),
     ],
 )
