@@ -40,7 +40,7 @@ def test_no_run_is_counted_twice_and_all_are_of_reporting_seeds(name):
     rows = reproduce.read_rows(reproduce.RESULTS / f"{name}.csv")
     keys = [(row["env_id"], row["label"], row["seed"]) for row in rows]
     assert len(keys) == len(set(keys))
-    seeds = {101, 102, 103, 104, 105} if name in OLDER else {206, 207, 208, 209, 210}
+    seeds = set(range(101, 106) if name in OLDER else range(206, 216))
     assert {int(row["seed"]) for row in rows} <= ({21, 22} if "tuning" in name else seeds)
 
 
