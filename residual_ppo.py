@@ -107,8 +107,8 @@ class Args:
     """temperature alpha at which the prior is soft-optimal, reward per nat; if not given, its file's; 0: unknown"""
     omega: float = 1.0
     """weight of the basic task in the objective; divides the budget, and scales the survival reward"""
-    budget: float = 1.5
-    """nats of log pi that mean actions may lose, per (action_dim / 2)**0.5, its deviation; omega' moves to hold it"""
+    budget: float = 2.0
+    """nats by which mean actions may differ from the prior's, n²/2 for n of its deviations; omega' moves to hold it"""
     omega_prime: float | None = None
     """constant weight of log pi, in units of reward per nat, instead of a budget; no survival reward unless given"""
     alpha_hat: float | None = None
@@ -740,14 +740,14 @@ class ResidualState(TrainState):
 def falling_weights(args: Args, state: ResidualState, addon_reward: Array, valid: Array) -> tuple[Array, ...]:
     """omega', alpha_hat, and what they are made of: the multiplier of the budget, and its start.
 
-    At the start a nat costs 0.3 standard deviations of the add-on reward, so that its unit does not matter. What that
-    lacks of a nat's worth in basic reward, omega alpha of a soft-optimal prior and some 1.3 times that of a trained
-    one, weighs a KL penalty, in omega' and alpha_hat alike: a small wish should not move the policy far. In alpha_hat a
-    third of the multiplier falls to 0 over 70 % of the run. Where nothing says what a nat costs, it is 1.
+    At the start a nat costs 0.3 standard deviations of the add-on reward, so that its unit does not matter. Of a prior
+    that is soft-optimal at alpha a nat is worth omega alpha in basic reward. What the start falls short of that is the
+    weight of a KL penalty, in omega' and alpha_hat alike: a small wish should not move the policy far. A third of the
+    multiplier falls to 0 over 70 % of the run, in alpha_hat. Where nothing says what a nat costs, it is 1.
     """
     spread = jnp.sqrt(masked_mean((addon_reward - masked_mean(addon_reward, valid)) ** 2, valid))
     multiplier, start = jnp.where(state.multiplier > 0, state.multiplier, 0.3 * spread)
-    kl_weight = jnp.maximum(0, 1.3 * args.omega * args.prior_alpha - start)
+    kl_weight = jnp.maximum(0, args.omega * args.prior_alpha - start)
     multiplier = jnp.where(multiplier + kl_weight > 0, multiplier, 1.0)
     falling = multiplier / 3 * jnp.maximum(0, 1 - state.iteration / num_iterations(args) / 0.7)
     return multiplier + kl_weight, falling + kl_weight, multiplier, start
@@ -779,7 +779,7 @@ def residual_update(
     if not args.init_from_prior:  # else keep the prior's normaliser, so that the policy changes by learning alone
         state = state.replace(obs_stats=merge_stats(state.obs_stats, obs, valid))
     if args.omega_prime is None:
-        following = dual_step(multiplier, shift, args.budget / args.omega * (action.shape[-1] / 2) ** 0.5, start)
+        following = dual_step(multiplier, shift, args.budget / args.omega, start)
         state = state.replace(multiplier=jnp.stack([following, start]))
     metrics |= {"kl_to_prior": masked_mean(log_prob - prior_log_prob, valid), "mean_shift": shift}
     metrics |= {"omega_prime": jnp.float32(omega_prime), "alpha_hat": jnp.float32(alpha_hat)}

@@ -82,9 +82,9 @@ def default() -> Iterator[Setting]:
     for env_id in ("Swimmer-v4", "Humanoid-v4"):
         survival = f" --survival-reward {survival_of(env_id):.6g}"
         yield Setting(env_id, DEFAULT)
-        if env_id == "Swimmer-v4":  # a smaller budget, and the former default
-            yield Setting(env_id, "Residual PPO, 1 nat", "--budget 1")
-            yield Setting(env_id, "Residual PPO, 2 nats", "--budget 2")
+        if env_id == "Swimmer-v4":
+            yield Setting(env_id, "Residual PPO, a budget of 1 nat", "--budget 1")
+            yield by_actions(env_id)
         yield Setting(env_id, "KL PPO, ω′ = α̂ = 3 α, with c", weights(env_id, 3, 3) + survival)
     yield Setting("Ant-v4", "Residual PPO, ω = 0.5", "--omega 0.5")
 
@@ -94,7 +94,7 @@ def customisation() -> Iterator[Setting]:
     for env_id in ("HalfCheetah-v4", "Hopper-v4", "Ant-v4", "Walker2d-v4"):
         survival = f" --survival-reward {survival_of(env_id):.6g}"
         yield Setting(env_id, DEFAULT)
-        yield Setting(env_id, "Residual PPO, 2 nats", two_nats(env_id))  # the former default
+        yield by_actions(env_id)
         for k in KL_WEIGHTS:  # its gain is not to be that of the survival reward
             yield Setting(env_id, f"KL PPO, ω′ = α̂ = {k:g} α, with c", weights(env_id, k, k) + survival)
         yield Setting(env_id, "Residual SAC, default", "", "residual_sac")
@@ -107,10 +107,11 @@ def customisation() -> Iterator[Setting]:
         yield full(env_id)
 
 
-def two_nats(env_id: str) -> str:
-    """The flag for a budget of two nats, whatever the number of actions."""
+def by_actions(env_id: str) -> Setting:
+    """A budget of 1.5 standard deviations of a Gaussian's log pi(a|s), which is sqrt(actions / 2) nats."""
     with safetensors.safe_open(ROOT / f"priors/{env_id}.safetensors", "numpy") as file:
-        return f"--budget {2 / (file.get_tensor('actor_logstd').size / 2) ** 0.5:.6g}"
+        budget = 1.5 * (file.get_tensor("actor_logstd").size / 2) ** 0.5
+    return Setting(env_id, "Residual PPO, a budget of 1.5 √(actions / 2)", f"--budget {budget:.6g}")
 
 
 def trained_further(env_id: str) -> Setting:
@@ -244,7 +245,7 @@ class Args:
     table: tyro.conf.Positional[Literal[tuple(TABLES)]]
     """which table"""
     seeds: tuple[int, ...] | None = None
-    """if not given, the reporting seeds: 211 to 215 of residual_ppo.py's default rule, 206 to 210 of all else"""
+    """if not given, the reporting seeds 206 to 210; for entropy-tuning 21 and 22"""
     env_ids: tuple[str, ...] = ()
     """only these environments; if not given, all of the table"""
     labels: tuple[str, ...] = ()
@@ -619,24 +620,14 @@ def choose(settings: list[Setting], field: str, given: tuple[str, ...]) -> list[
     return [setting for setting in settings if not given or getattr(setting, field) in given]
 
 
-def seeds_of(args: Args, setting: Setting) -> tuple[int, ...]:
-    """The seeds of a setting; those of the default rule are not those that the rule before it was judged by."""
-    if args.smoke:
-        return args.seeds[:1] if args.seeds else (206,)
-    if args.table == "entropy-tuning":
-        return args.seeds or (21, 22)
-    ruled = setting.script == "residual_ppo" and not {"--budget", "--omega-prime"} & set(setting.flags.split())
-    return args.seeds or ((211, 212, 213, 214, 215) if ruled else (206, 207, 208, 209, 210))
-
-
-def run_missing(args: Args, settings: list[Setting], path: Path) -> list[dict[str, str]]:
+def run_missing(args: Args, settings: list[Setting], seeds: tuple[int, ...], path: Path) -> list[dict[str, str]]:
     """Run what the table's CSV, and those beside it, lack, and add it there; returns all of the table's runs."""
 
     def is_missing(pair):
         setting, seed = pair
         return all((x["env_id"], x["label"], int(x["seed"])) != (setting.env_id, setting.label, seed) for x in rows)
 
-    rows, wanted = read_rows(path), [(setting, seed) for setting in settings for seed in seeds_of(args, setting)]
+    rows, wanted = read_rows(path), [(setting, seed) for seed in seeds for setting in settings]
     if reused := rows_of_other_tables(list(filter(is_missing, wanted)), path.parent):
         rows += reused
         write_rows(path, rows)
@@ -670,14 +661,15 @@ def stop(message: str, exit_code: int) -> None:
 def main(args: Args) -> None:
     """Run what is missing, then write table and picture."""
     out = RESULTS / "smoke" if args.smoke and args.out == RESULTS else args.out
+    seeds = args.seeds or ((21, 22) if args.table == "entropy-tuning" else (206, 207, 208, 209, 210))
     if args.jobs < 1:
         stop(f"--jobs is {args.jobs}; at least one run has to go on at a time", 2)
     settings = choose(choose(list(TABLES[args.table]()), "env_id", args.env_ids), "label", args.labels)
     if args.smoke:
-        settings = [x for x in settings if x.env_id == settings[0].env_id]
+        settings, seeds = [x for x in settings if x.env_id == settings[0].env_id], seeds[:1]
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{args.table}.csv"
-    rows = in_order(run_missing(args, settings, path), args.table)
+    rows = in_order(run_missing(args, settings, seeds, path), args.table)
     if not rows:
         stop(f"{path} has no runs yet; leave out --no-run", 2)
     table = markdown(rows, args.table)

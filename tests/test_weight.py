@@ -133,7 +133,7 @@ def falling_weights(args, reward, valid, iteration, multiplier):
 def test_weights_start_at_the_spread_of_the_addon_reward_and_the_temperature_falls_to_0(prior_alpha):
     """omega' at 0.3 deviations, 0.9 here, alpha_hat a third, half of it at 35 %, none from 70 % on.
 
-    Where a nat is worth less in basic reward than that, 1.3 omega alpha = 0.65 here, alpha has no say.
+    Where a nat is worth less in basic reward than that, omega alpha = 0.5 here, alpha has no say.
     """
     args = residual_ppo.Args(omega=0.5, num_envs=8, num_steps=16, total_timesteps=100 * 128, prior_alpha=prior_alpha)
     reward = np.random.default_rng(0).normal(2, 3, (16, 8)).astype(np.float32)
@@ -147,13 +147,13 @@ def test_weights_start_at_the_spread_of_the_addon_reward_and_the_temperature_fal
 
 
 def test_a_small_wish_leaves_a_penalty_on_the_kl_divergence_to_a_prior_whose_alpha_is_known():
-    """A nat is worth 1.3 omega alpha = 2.6, of which the wish's start leaves 2.3, or all where it has no spread."""
+    """omega alpha = 2 a nat, of which the wish's start leaves 1.7, or all where it has no spread: r_R - 2 KL."""
     args = residual_ppo.Args(omega=0.5, num_envs=8, num_steps=16, total_timesteps=100 * 128, prior_alpha=4)
     reward, valid = np.float32([[-1.0, 1.0]]), np.ones((1, 2), bool)
     weights = partial(falling_weights, args)
-    np.testing.assert_allclose(weights(reward, valid, 0, [0, 0]), [2.6, 2.4, 0.3, 0.3], rtol=1e-5)
-    np.testing.assert_allclose(weights(reward, valid, 80, [0.1, 0.3]), [2.4, 2.3, 0.1, 0.3], rtol=1e-5)
-    np.testing.assert_allclose(weights(0 * reward, valid, 0, [0, 0]), [2.6, 2.6, 0, 0], rtol=1e-5)
+    np.testing.assert_allclose(weights(reward, valid, 0, [0, 0]), [2, 1.8, 0.3, 0.3], rtol=1e-5)
+    np.testing.assert_allclose(weights(reward, valid, 80, [0.1, 0.3]), [1.8, 1.7, 0.1, 0.3], rtol=1e-5)
+    np.testing.assert_allclose(weights(0 * reward, valid, 0, [0, 0]), [2, 2, 0, 0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("script", [residual_ppo, residual_sac])
@@ -222,7 +222,7 @@ def test_a_foreign_prior_needs_no_flags_and_a_resumed_run_keeps_weight_and_rate(
         np.array([float(x[k]) for x in rows]) for k in ("omega_prime", "mean_shift", "learning_rate")
     )
     assert len(rows) == 100
-    expected = weight[:-1] * np.exp(0.03 * np.clip(shift[:-1] - 1.5 * 3**0.5, -1, 1))  # of six actions
+    expected = weight[:-1] * np.exp(0.03 * np.clip(shift[:-1] - 2, -1, 1))
     expected = np.clip(expected, 0.3 * weight[0], 10 * weight[0])
     np.testing.assert_allclose(weight[1:], expected, rtol=1e-4)
     assert rate[0] == pytest.approx(3e-5)
