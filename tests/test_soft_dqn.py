@@ -395,6 +395,21 @@ def test_log_has_nothing_to_show_before_the_first_episode_ends(tmp_path, caplog,
     assert read_metrics(run.folder)[0]["basic_return"] == "nan"
 
 
+def test_a_run_says_once_that_it_loses_the_prior_and_keeps_the_columns_it_began_with(tmp_path, capsys):
+    """Of soft_dqn.py's log, which is residual_dqn.py's word for word."""
+    args = soft_dqn.Args(env_id="CartPole-v1", runs_dir=tmp_path, num_envs=2)
+    simulator = soft_dqn.make_discrete_simulator("CartPole-v1", "{}", args.basic, np.arange(2))
+    state = soft_dqn.init_dqn_state(args, soft_dqn.QNetwork(2, (4,)), 4, soft_dqn.seed_words(1, soft_dqn.NETWORKS))
+    said = []
+    with soft_dqn.DiscreteRun(args, simulator, soft_dqn.DISCRETE_TASKS["none"], state) as run:
+        run.write(1, state, {"basic_return": 9.0, "gone": 2.0, "episodes_seen": 2})
+        for iteration, (kept, seen) in enumerate([(0.4, 1), (0.6, 2), (0.4, 2), (0.3, 2)], 2):
+            run.write(iteration, state, {"basic_return": 1.0, "kept_return": kept, "episodes_seen": seen})
+            said.append("below half of the prior's" in capsys.readouterr().out)
+    assert said == [False, False, True, False]
+    assert [row["gone"] for row in read_metrics(run.folder)] == ["2", *["nan"] * 4]
+
+
 def test_first_customised_policy_is_the_prior(dqn_runs):
     divergences = [float(row["kl_to_prior"]) for row in read_metrics(dqn_runs["residual_dqn"])]
     assert max(map(abs, divergences[:2])) < 1e-7 < 1e-6 < min(divergences[2:])
