@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -18,6 +19,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import forked
+import jaxlib
 import pytest
 import safetensors
 import safetensors.numpy
@@ -50,7 +52,17 @@ def pytest_configure() -> None:
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rpg-test-cache-")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        add_xla_flag("--xla_cpu_use_fusion_emitters=false")  # which take longer to compile small programs
     FORKED_VARIABLES.update(early_variables())
+
+
+def add_xla_flag(flag: str) -> None:
+    """Set a flag of XLA beside those that are set, if the installed XLA has it, which would end the process else."""
+    (library,) = Path(jaxlib.__file__).parent.glob("libjax_common.*")
+    name = flag.removeprefix("--").partition("=")[0]
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(name.encode()) >= 0:
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def pytest_unconfigure() -> None:
@@ -90,20 +102,40 @@ def start_script(name: str, *flags: object, **popen: object) -> subprocess.Popen
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
 
 
+class Fork:
+    """A script in a fork of a process that has imported what it imports: of subprocess.Popen what tests ask for."""
+
+    def __init__(self, name: str, *flags: object, cwd: Path | None = None):
+        self.args, self.folder = [str(script_path(name)), *map(str, flags)], tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name) / what for what in ("stdout", "stderr")]
+        play = (self.args[0], self.args[1:], str(cwd or Path.cwd()), dict(os.environ), *map(str, self.files))
+        self.process = FORKS.Process(target=forked.play, args=play)
+        self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        self.process.join(timeout)
+        self.process.kill()
+        self.process.join()
+        return tuple(file.read_text() for file in self.files)
+
+    @property
+    def returncode(self) -> int:
+        return self.process.exitcode
+
+
 def run_script(name: str, *flags: object, **popen: object) -> subprocess.CompletedProcess:
-    """Run a script to its end, in a fork of a process that has imported what it imports, or else one of its own."""
-    if popen.keys() <= {"cwd"} and early_variables() == FORKED_VARIABLES:
-        with tempfile.TemporaryDirectory() as folder:
-            files, command = [Path(folder) / what for what in ("stdout", "stderr")], list(map(str, flags))
-            where = str(popen.get("cwd", Path.cwd()))
-            play = (str(script_path(name)), command, where, dict(os.environ), *map(str, files))
-            process = FORKS.Process(target=forked.play, args=play)
-            process.start()
-            process.join(timeout=400)
-            process.kill()
-            process.join()
-            return subprocess.CompletedProcess(command, process.exitcode, *(file.read_text() for file in files))
-    process = start_script(name, *flags, **popen)
+    """Run a script to its end, in a fork, or else a process of its own."""
+    forks = popen.keys() <= {"cwd"} and early_variables() == FORKED_VARIABLES
+    process = (Fork if forks else start_script)(name, *flags, **popen)
     try:
         stdout, stderr = process.communicate(timeout=400)
     finally:
@@ -126,7 +158,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def wait_for_rows(process: subprocess.Popen, runs_dir: Path, count: int) -> Path:
+def wait_for_rows(process: "subprocess.Popen | Fork", runs_dir: Path, count: int) -> Path:
     """Wait until the only run in runs_dir has logged count iterations; return its folder."""
     deadline = time.time() + 300
     while time.time() < deadline and process.poll() is None:

@@ -10,7 +10,7 @@ from conftest import PENDULUM, start_script
 
 import soft_ppo
 
-FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
+FOUR_DEVICES = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 
 
 @pytest.fixture(scope="module")

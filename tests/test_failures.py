@@ -26,6 +26,7 @@ from conftest import (
     SAC_SHORT,
     SCRIPTS,
     SHORT,
+    Fork,
     read_metrics,
     read_policy,
     run_main,
@@ -471,7 +472,7 @@ def assert_complete(run_dir, iterations):
 def kill(process):
     """kill -9"""
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=200)
     assert process.returncode == -signal.SIGKILL
 
 
@@ -490,7 +491,7 @@ def killed(tmp_path_factory):
     """The folder of a run killed early, its rows then, and the process that tried to resume it while it was alive."""
     folder = tmp_path_factory.mktemp("killed")
     flags = (*LONG, "--num-evals", 5, "--export", folder / "prior.safetensors", "--runs-dir", folder / "runs")
-    process = start_script("train_prior_ppo", *flags, cwd=folder)
+    process = Fork("train_prior_ppo", *flags, cwd=folder)
     run_dir = wait_for_rows(process, folder / "runs", 3)
     process.send_signal(signal.SIGSTOP)
     before = files(run_dir)
@@ -514,7 +515,7 @@ def test_run_killed_twice_is_resumed_and_completes(killed):
     early = iteration_of(run_dir)
     assert 2 <= early < 150
 
-    process = start_script("train_prior_ppo", "--resume", run_dir, cwd=tmp_path)
+    process = Fork("train_prior_ppo", "--resume", run_dir, cwd=tmp_path)
     wait_for_rows(process, tmp_path / "runs", max(60, early + 10))
     kill(process)
     middle = iteration_of(run_dir)

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import subprocess
 import sys
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
-from conftest import ROOT, script_path
+from conftest import ROOT, run_script, script_path
 
 import mirror_descent_vi as vi
 
@@ -512,8 +511,7 @@ def test_bad_flags_are_refused_in_one_line(what, tmp_path):
 def test_command_line_ends_with_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for flags in (("--gamma", "1"), ("--runs-dir", "file")):
-        command = [sys.executable, str(script_path("mirror_descent_vi")), *flags]
-        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        process = run_script("mirror_descent_vi", *flags, cwd=tmp_path)
         assert process.returncode == 2
         assert process.stderr.startswith("mirror_descent_vi.py: ") and process.stderr.count("\n") == 1
         assert [path.name for path in tmp_path.iterdir()] == ["file"]

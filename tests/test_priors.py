@@ -5,14 +5,13 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import ROOT, read_policy, write_policy
+from conftest import ROOT, read_policy, run_script, write_policy
 from scipy.special import expit, log_softmax, logsumexp
 
 import enjoy
@@ -176,8 +175,7 @@ def test_the_old_file_stays_if_the_new_one_cannot_be_written_or_read(prior, refu
 
 
 def test_measure_as_a_command(prior):
-    command = [sys.executable, str(ROOT / "priors" / "measure.py"), str(prior), "--alpha", "nan"]
-    process = subprocess.run(command, capture_output=True, text=True)
+    process = run_script("priors/measure", prior, "--alpha", "nan")
     assert process.returncode == 2
     assert re.fullmatch(r"measure\.py: --alpha is nan; [^\n]*\n", process.stderr)
 

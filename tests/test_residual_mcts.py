@@ -4,15 +4,13 @@ import csv
 import itertools
 import json
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
-from conftest import ROOT, script_path
+from conftest import ROOT, run_script, script_path
 
 import residual_mcts as mcts
 
@@ -368,8 +366,7 @@ def test_bad_flags_are_refused_in_one_line(what, tmp_path):
 def test_command_line_ends_with_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for flags in (("--mdp", "file"), ("--runs-dir", "file")):
-        command = [sys.executable, str(script_path("residual_mcts")), *flags]
-        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        process = run_script("residual_mcts", *flags, cwd=tmp_path)
         assert process.returncode == 2
         assert process.stderr.startswith("residual_mcts.py: ") and process.stderr.count("\n") == 1
         assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import envpool
 import flax.serialization
@@ -13,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, run_main, script_path
+from conftest import ROOT, run_main, run_script, script_path
 from test_enjoy import policy_contents
 
 import enjoy
@@ -126,8 +124,7 @@ def test_line_added_to_a_copy_of_a_script_is_tried_before_the_run(tmp_path):
     text, mark = script_path("soft_ppo").read_text(), "ADDON_TASKS = {\n"
     assert text.count(mark) == 1
     (tmp_path / "mine.py").write_text(text.replace(mark, f'{mark}    "mine": {BAD["index out of range"][0]},\n'))
-    command = [sys.executable, "mine.py", "--env-id", "Hopper-v4", "--addon", "mine"]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    process = run_script(tmp_path / "mine", "--env-id", "Hopper-v4", "--addon", "mine", cwd=tmp_path)
     assert (process.returncode, process.stdout) == (2, "")
     assert re.fullmatch(r"mine\.py: the add-on task mine cannot be computed: IndexError: .*\n", process.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]

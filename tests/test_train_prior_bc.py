@@ -1,8 +1,6 @@
 """A clone makes its demonstrations likeliest, whatever file they are in, and files that cannot be used are refused."""
 
 import json
-import subprocess
-import sys
 
 import h5py
 import jax
@@ -334,9 +332,7 @@ def test_what_enjoy_records_is_what_was_played(tmp_path):
     """Rewards add up to its returns, episodes are as long; and a clone of it plays in EnvPool."""
     file, prior = tmp_path / "demonstrations.npz", ROOT / "priors" / "Hopper-v4.safetensors"
     flags = ("--episodes", 3, "--seed", 5, "--json", tmp_path / "played.json", "--record", file)
-    recorded = subprocess.run(
-        [sys.executable, ROOT / "enjoy.py", prior, *map(str, flags)], capture_output=True, text=True, timeout=240
-    )
+    recorded = run_script("enjoy", prior, *flags)
     assert recorded.returncode == 0, recorded.stderr
     episodes = json.loads((tmp_path / "played.json").read_text())["policies"][0]["episodes"]
     data, content = bc.read_demonstrations(file), np.load(file)
@@ -360,8 +356,7 @@ def test_a_minari_dataset_that_enjoy_records_is_what_minari_and_the_clone_read(t
     minari = pytest.importorskip("minari")
     for name in ("played.npz", "played-v0"):
         flags = ("--episodes", 2, "--seed", 5, "--record", tmp_path / name)
-        command = [sys.executable, ROOT / "enjoy.py", ROOT / "priors" / "Hopper-v4.safetensors", *flags]
-        recorded = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+        recorded = run_script("enjoy", ROOT / "priors" / "Hopper-v4.safetensors", *flags)
         assert recorded.returncode == 0, recorded.stderr
     npz, dataset = (bc.read_demonstrations(tmp_path / name) for name in ("played.npz", "played-v0"))
     assert all((np.asarray(x) == y).all() for x, y in zip(npz, dataset, strict=True))

@@ -1,6 +1,7 @@
 """The weight of the prior and the policy's step find themselves: exact solutions in float64, and real runs."""
 
 import json
+import signal
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import read_metrics, read_policy, run_script, start_script, wait_for_rows, write_policy
+from conftest import Fork, read_metrics, read_policy, run_script, wait_for_rows, write_policy
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import brentq
 
@@ -210,9 +211,9 @@ def test_a_foreign_prior_needs_no_flags_and_a_resumed_run_keeps_weight_and_rate(
     foreign = write_policy(tmp_path / "foreign.safetensors", prior, alpha=None, survival_reward=None)
     flags = ("--env-id", "HalfCheetah-v4", *SLOW[2:], "--total-timesteps", 12_800, "--checkpoint-interval", 0)
     flags = (*flags, "--eval-episodes", 1, "--prior", foreign, "--runs-dir", tmp_path / "runs", "--desired-kl", 1)
-    process = start_script("residual_ppo", *flags)
+    process = Fork("residual_ppo", *flags)
     run_dir = wait_for_rows(process, tmp_path / "runs", 20)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     before = len(read_metrics(run_dir))
     assert 20 <= before < 100

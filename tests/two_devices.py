@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 folder = Path(sys.argv.pop(1))
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
 
 import jax  # noqa: E402
