@@ -35,7 +35,9 @@ task's value in it, so H may be small.  The add-on reward has no such term.  The
 on as the prior; there, no step differs from the prior's, so that no log pi counts.
 
 A Gaussian's log pi knows nothing of falls.  As in residual_ppo.py, an end costs gamma c / (1 - gamma), with the
-survival reward c of the prior's file.
+survival reward c of the prior's file.  That sees no fall beyond the horizon: so the planned action is taken only if the
+prior, going on from it, lives for --backup-steps; else, of the prior's own action, those of the samples and the planned
+one, that after which it lives longest.
 
 Residual-MPPI: arXiv 2407.00898; the residual objective: arXiv 2306.09526, 2503.11019.
 
@@ -109,6 +111,8 @@ class Args:
     """k, deviation of the samples, as a multiple of the prior's"""
     importance: bool = True
     """divide the weights by the density of the samples"""
+    backup_steps: int = 200
+    """steps that the prior must live after the planned action, or one is taken after which it lives longer"""
     reached: bool = False
     """take log pi in the states that a rollout reaches, not in those of the prior's plan"""
     threads: int | None = None
@@ -518,7 +522,29 @@ def plan_step(model: Model, policy: NumpyPolicy, addon: AddonTask, args: Args, r
     imagined = imagine(model, policy, addon, noise, args)
     score = rollout_scores(imagined, args.omega_prime, args.survival_reward, args.gamma)
     weights = sample_weights(score, imagined.log_proposal.sum(1) * args.importance, args.temperature)
-    return (weights @ imagined.u[:, 0]).astype(np.float32)
+    u = weights @ imagined.u[:, 0]
+    if lifetimes(model, policy, u[None], args.backup_steps)[0] < args.backup_steps:
+        mean, _ = mean_and_log_std(policy, observations(model, present_state(model)))
+        choices = np.concatenate((mean[None], imagined.u[:, 0], u[None]))
+        u = choices[np.argmax(lifetimes(model, policy, choices, args.backup_steps))]
+    return u.astype(np.float32)
+
+
+def lifetimes(model: Model, policy: NumpyPolicy, u: np.ndarray, steps: int) -> np.ndarray:
+    """Steps that the episode lives, of so many, after actions before squashing u (n, action_dim) and then the prior's.
+
+    So the prior is the backup policy of model predictive shielding, arXiv 1905.10691; (n,).
+    """
+    state, space = np.tile(present_state(model), (len(u), 1)), model.env.action_space
+    lived, alive = np.zeros(len(u), int), np.ones(len(u), bool)
+    for _ in range(steps if np.isfinite(model.healthy).any() else 0):
+        state = simulate_rollouts(model, state, bounded(policy, u, space.low, space.high))
+        alive &= ~terminated(model, state)
+        if not alive.any():
+            return lived
+        lived += alive
+        u, _ = mean_and_log_std(policy, observations(model, state))
+    return np.where(alive, steps, lived)
 
 
 class PlannedEpisode(NamedTuple):
@@ -680,6 +706,7 @@ FLAG_BOUNDS = {
     "episodes": (1, 10**6), "seed": (0, 2**31 - 1), "max_steps": (1, 10**6), "addon_coef": (-1e6, 1e6),
     "omega_prime": (0, 1e6), "temperature": (1e-12, 1e6), "survival_reward": (0, 1e6), "gamma": (0, 1 - 1e-6),
     "horizon": (1, 1000), "tail": (0, 1000), "num_samples": (1, 10**5), "noise_scale": (0, 100), "threads": (1, 256),
+    "backup_steps": (0, 10**4),
 }  # fmt: skip
 
 

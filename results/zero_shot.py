@@ -62,8 +62,7 @@ def settings() -> Iterator[Setting]:
     for player, episodes in (("residual", 5), ("greedy", 1)):
         yield Setting("table", "HalfCheetah-v4", "K = 64, H = 1, tail 1", player, before, episodes)
     yield Setting("noise", "HalfCheetah-v4", "prior", "prior", f"--max-steps {SCAN_STEPS}", 1)
-    for env_id in EPISODES:
-        yield Setting("table", env_id, "default", "greedy", "", 10)
+    yield Setting("table", "HalfCheetah-v4", "default", "greedy", "", 10)
     scans = (
         ("noise", "--num-samples 32 --noise-scale", (0.5, 1, 2, 3)),
         ("samples", "--num-samples", (2, 4, 8, 16, 32)),
@@ -74,17 +73,21 @@ def settings() -> Iterator[Setting]:
                 for division in ("--importance", "--no-importance"):
                     flags = f"--max-steps {SCAN_STEPS} {flag} {x:g} {division}"
                     yield Setting(part, "HalfCheetah-v4", f"{x:g} {division}", player, flags, 1)
+    no_backup = "--backup-steps 0"  # as all was played until there was that flag
+    for env_id, episodes in {"Hopper-v4": 50, "Walker2d-v4": 50, "Ant-v4": 15}.items():
+        yield Setting("table", env_id, "no backup", "residual", no_backup, episodes)
+        yield Setting("table", env_id, "no backup", "greedy", no_backup, min(episodes, 10))
     for env_id in EPISODES:
-        yield Setting("table", env_id, "H = 1, no tail", "residual", "--horizon 1 --tail 0", 2)
+        yield Setting("table", env_id, "H = 1, no tail", "residual", f"--horizon 1 --tail 0 {no_backup}", 2)
     for env_id in ("Hopper-v4", "Walker2d-v4"):
-        yield Setting("table", env_id, "c = 0", "residual", "--survival-reward 0", 1)
-    yield Setting("table", "Ant-v4", "log pi in reached states", "residual", "--reached", 1)
+        yield Setting("table", env_id, "c = 0", "residual", f"--survival-reward 0 {no_backup}", 1)
+    yield Setting("table", "Ant-v4", "log pi in reached states", "residual", f"--reached {no_backup}", 1)
     for env_id in EPISODES:
         yield Setting("speed", env_id, "default", "residual", "", 1)
     for env_id, (horizon, samples, temperature, omega_prime, variance) in OFFICIAL.items():
         scale = np.sqrt(variance) / mean_deviation(env_id)
         flags = f"--gamma 0.9 --horizon {horizon} --tail 0 --temperature {temperature:g} --omega-prime {omega_prime:g}"
-        flags += f" --noise-scale {scale:.3g} --no-importance --reached --survival-reward 0 --num-samples"
+        flags += f" --noise-scale {scale:.3g} --no-importance --reached --survival-reward 0 {no_backup} --num-samples"
         fewer = OFFICIAL_SAMPLES[env_id]
         yield Setting("official", env_id, f"official, but K = {fewer}", "residual", f"{flags} {fewer}", 1)
         if env_id == "HalfCheetah-v4":

@@ -16,7 +16,7 @@ import residual_mppi
 
 ENVS = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Swimmer-v4", "Hopper-v5", "Walker2d-v5")
 PLANNING = residual_mppi.Args(
-    omega_prime=0.1, temperature=0.1, survival_reward=5.0, horizon=2, tail=2, num_samples=8, threads=1
+    omega_prime=0.1, temperature=0.1, survival_reward=5.0, horizon=2, tail=2, num_samples=8, threads=1, backup_steps=0
 )
 SCRIPT = "residual_q_learning/residual_mppi"
 
@@ -182,6 +182,42 @@ def test_rollouts_count_nothing_after_an_end():
     assert not imagined.log_prob[:, 1].any()
 
 
+@pytest.mark.parametrize("push", [0.0, -4.0, 6.0])
+def test_lifetime_is_how_long_the_prior_lives_in_gymnasium(push):
+    """A Hopper that is turned forward, backward, or not; after two actions, side by side."""
+    env, model, policy, _ = open_model("Hopper-v4")
+    qpos, qvel = env.init_qpos.copy(), env.init_qvel.copy()
+    qvel[2] = push  # rad/s
+    actions, lengths = np.array([[0.3, -0.2, 0.1], [0.9, 0.9, 0.9]]), []
+    for action in actions:
+        env.set_state(qpos, qvel)
+        length, ended = 0, False
+        while not ended and length < 60:
+            obs, _, ended, _, _ = env.step(action)
+            mean, _ = enjoy.mean_and_log_std(enjoy.read_policy(prior_of("Hopper-v4")), obs.astype(np.float32))
+            action, length = np.tanh(mean), length + 1
+        lengths.append(length - ended)
+    env.set_state(qpos, qvel)
+    for steps in (0, 5, 60):
+        found = residual_mppi.lifetimes(model, policy, np.arctanh(actions), steps)
+        np.testing.assert_array_equal(found, np.minimum(lengths, steps))
+    assert (min(lengths) < 60) == (push != 0)
+
+
+def test_a_plan_that_ends_in_a_fall_is_left_for_a_sample_that_does_not():
+    """A Hopper turned backward, which falls after the plan and after the prior's action alike."""
+    env, model, policy, _ = open_model("Hopper-v4")
+    _, addon = residual_mppi.named_task("Hopper-v4", None, 1.0)
+    qvel = env.init_qvel.copy()
+    qvel[2] = -4.4  # rad/s
+    env.set_state(env.init_qpos, qvel)
+    prior, _ = enjoy.mean_and_log_std(enjoy.read_policy(prior_of("Hopper-v4")), np.float32(env._get_obs()))
+    settings = [dataclasses.replace(PLANNING, noise_scale=3, backup_steps=steps) for steps in (100, 0)]
+    plans = [residual_mppi.plan_step(model, policy, addon, args, np.random.default_rng(0)) for args in settings]
+    lived = residual_mppi.lifetimes(model, policy, np.stack((*plans, prior)), 100)
+    assert lived[0] == 100 and max(lived[1:]) < 10
+
+
 def test_log_pi_is_of_the_states_of_the_plan_or_of_those_that_are_reached():
     """Of the second action; the environment itself says which states these are."""
     env, model, policy, obs = open_model("HalfCheetah-v4")
@@ -233,6 +269,7 @@ def test_the_script_plays_and_writes_what_it_played(tmp_path):
         (("--noise-scale", "nan"), "--noise-scale is nan"),
         (("--temperature", "0"), "--temperature is 0"),
         (("--tail", "-1"), "--tail is -1"),
+        (("--backup-steps", "-1"), "--backup-steps is -1"),
         (("--gamma", "1"), "--gamma is 1.0"),
         (("--threads", "100000"), "from 1 to 256"),
         (("--omega-prime", "inf"), "--omega-prime is inf"),
