@@ -111,8 +111,8 @@ class Args:
     """k, deviation of the samples, as a multiple of the prior's"""
     importance: bool = True
     """divide the weights by the density of the samples"""
-    backup_steps: int = 200
-    """steps that the prior must live after the planned action, or one is taken after which it lives longer"""
+    backup_steps: int | None = None
+    """steps that the prior must live after the planned action, or another one is taken; if not given, see ROBOTS"""
     reached: bool = False
     """take log pi in the states that a rollout reaches, not in those of the prior's plan"""
     threads: int | None = None
@@ -395,17 +395,18 @@ class Robot(NamedTuple):
     hidden: int  # positions in the world, the first ones, which the observation leaves out
     max_speed: float  # bound of the observed velocities
     height: int  # index, in the state, of what must stay in the healthy z range, if there is one
-    num_samples: int  # these three are defaults; two cores plan with them in real time
+    num_samples: int  # from here on defaults; without the last two cores plan in real time
     horizon: int
     tail: int
+    backup_steps: int
 
 
 ROBOTS = {
-    "HalfCheetah": Robot(1, np.inf, 2, num_samples=128, horizon=2, tail=0),
-    "Hopper": Robot(1, 10, 2, num_samples=16, horizon=1, tail=19),
-    "Walker2d": Robot(1, 10, 2, num_samples=16, horizon=1, tail=9),
-    "Ant": Robot(2, np.inf, 3, num_samples=128, horizon=3, tail=0),
-    "Swimmer": Robot(2, np.inf, 3, num_samples=32, horizon=1, tail=4),
+    "HalfCheetah": Robot(1, np.inf, 2, num_samples=128, horizon=2, tail=0, backup_steps=0),
+    "Hopper": Robot(1, 10, 2, num_samples=16, horizon=1, tail=19, backup_steps=50),
+    "Walker2d": Robot(1, 10, 2, num_samples=16, horizon=1, tail=9, backup_steps=200),
+    "Ant": Robot(2, np.inf, 3, num_samples=128, horizon=3, tail=0, backup_steps=20),
+    "Swimmer": Robot(2, np.inf, 3, num_samples=32, horizon=1, tail=4, backup_steps=0),
 }
 
 
@@ -517,7 +518,10 @@ def imagine(model: Model, policy: NumpyPolicy, addon: AddonTask, noise: np.ndarr
 
 
 def plan_step(model: Model, policy: NumpyPolicy, addon: AddonTask, args: Args, rng: np.random.Generator) -> np.ndarray:
-    """The next action before squashing, (action_dim,), float32: the weighted mean over the samples."""
+    """The next action before squashing, (action_dim,), float32: the weighted mean over the samples.
+
+    If the prior could not go on from there for args.backup_steps: one after which it lives longest.
+    """
     noise = noise_pairs(rng, args.num_samples, args.horizon, model.env.action_space.shape[0])
     imagined = imagine(model, policy, addon, noise, args)
     score = rollout_scores(imagined, args.omega_prime, args.survival_reward, args.gamma)
@@ -537,7 +541,7 @@ def lifetimes(model: Model, policy: NumpyPolicy, u: np.ndarray, steps: int) -> n
     """
     state, space = np.tile(present_state(model), (len(u), 1)), model.env.action_space
     lived, alive = np.zeros(len(u), int), np.ones(len(u), bool)
-    for _ in range(steps if np.isfinite(model.healthy).any() else 0):
+    for _ in range(steps):
         state = simulate_rollouts(model, state, bounded(policy, u, space.low, space.high))
         alive &= ~terminated(model, state)
         if not alive.any():
@@ -736,7 +740,7 @@ def complete(args: Args, policy: NumpyPolicy, info: dict[str, str], path: Path) 
     if alpha == 0 and None in (args.omega_prime, args.temperature):
         raise StopRun(f"{path} names no temperature alpha above 0; give --omega-prime and --temperature")
     robot = ROBOTS.get(env_id.rpartition("-v")[0], ROBOTS["HalfCheetah"])
-    defaults = {name: getattr(robot, name) for name in ("num_samples", "horizon", "tail")}
+    defaults = {name: getattr(robot, name) for name in ("num_samples", "horizon", "tail", "backup_steps")}
     defaults |= {"env_id": env_id, "prior": path, "omega_prime": alpha, "temperature": alpha}
     defaults["survival_reward"] = float(info.get("survival_reward", 0))
     defaults["threads"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
