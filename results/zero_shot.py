@@ -83,7 +83,7 @@ def settings() -> Iterator[Setting]:
         yield Setting("table", env_id, "c = 0", "residual", f"--survival-reward 0 {no_backup}", 1)
     yield Setting("table", "Ant-v4", "log pi in reached states", "residual", f"--reached {no_backup}", 1)
     for env_id in EPISODES:
-        yield Setting("speed", env_id, "default", "residual", "", 1)
+        yield Setting("speed", env_id, "no backup", "residual", no_backup, 1)
     for env_id, (horizon, samples, temperature, omega_prime, variance) in OFFICIAL.items():
         scale = np.sqrt(variance) / mean_deviation(env_id)
         flags = f"--gamma 0.9 --horizon {horizon} --tail 0 --temperature {temperature:g} --omega-prime {omega_prime:g}"
