@@ -773,8 +773,8 @@ def main(args: Args) -> None:
 
     TERMINAL.print(
         f"[bold]{args.env_id}[/bold], episodes: {args.episodes}, seed: {args.seed}, add-on: {addon.coef:g} x {task}\n"
-        f"prior {path}; {args.num_samples} samples of {args.horizon} + {args.tail} steps, omega' {args.omega_prime:g}, "
-        f"temperature {args.temperature:g}, c {args.survival_reward:g}"
+        f"prior {path}; {args.num_samples} samples of {args.horizon} + {args.tail} steps, backup {args.backup_steps}, "
+        f"omega' {args.omega_prime:g}, temperature {args.temperature:g}, c {args.survival_reward:g}"
     )
     recording = open_film(args.video, [x.model.env for x in players], args.video_size) if args.video else None
     with recording or contextlib.nullcontext() as film:
@@ -786,7 +786,7 @@ def main(args: Args) -> None:
         write_atomic(args.json, json.dumps(content, indent=1, default=str).encode())
     TERMINAL.print(comparison_table(players, results, addon.label))
     steps, seconds = (sum(getattr(x, name) for x in results[-1]) for name in ("length", "seconds"))
-    physics = steps * args.num_samples * (args.horizon + args.tail) * env.frame_skip
+    physics = steps * (args.num_samples * (args.horizon + args.tail) + args.backup_steps) * env.frame_skip
     TERMINAL.print(
         f"residual: {1000 * seconds / steps:.1f} s per 1000 steps, which are {1000 * env.dt:.0f} s of the robot's "
         f"time; {physics / seconds:,.0f} physics steps/s"
