@@ -403,7 +403,7 @@ class Robot(NamedTuple):
 
 ROBOTS = {
     "HalfCheetah": Robot(1, np.inf, 2, num_samples=128, horizon=2, tail=0, backup_steps=0),
-    "Hopper": Robot(1, 10, 2, num_samples=16, horizon=1, tail=19, backup_steps=50),
+    "Hopper": Robot(1, 10, 2, num_samples=16, horizon=1, tail=19, backup_steps=200),
     "Walker2d": Robot(1, 10, 2, num_samples=16, horizon=1, tail=9, backup_steps=200),
     "Ant": Robot(2, np.inf, 3, num_samples=128, horizon=3, tail=0, backup_steps=20),
     "Swimmer": Robot(2, np.inf, 3, num_samples=32, horizon=1, tail=4, backup_steps=0),
