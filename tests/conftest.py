@@ -58,11 +58,11 @@ def pytest_configure() -> None:
 
 def add_xla_flag(flag: str) -> None:
     """Set a flag of XLA beside those that are set, if the installed XLA has it, which would end the process else."""
-    (library,) = Path(jaxlib.__file__).parent.glob("libjax_common.*")
-    name = flag.removeprefix("--").partition("=")[0]
-    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(name.encode()) >= 0:
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    name = flag.removeprefix("--").partition("=")[0].encode()
+    for library in Path(jaxlib.__file__).parent.glob("libjax_common.*"):  # where it is, on Linux and macOS
+        with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(name) >= 0:
+                os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def pytest_unconfigure() -> None:
@@ -121,7 +121,7 @@ class Fork:
     def kill(self) -> None:
         self.process.kill()
 
-    def communicate(self, timeout: float) -> tuple[str, str]:
+    def communicate(self, timeout: float = 400) -> tuple[str, str]:
         self.process.join(timeout)
         self.process.kill()
         self.process.join()
