@@ -395,7 +395,7 @@ class Robot(NamedTuple):
     hidden: int  # positions in the world, the first ones, which the observation leaves out
     max_speed: float  # bound of the observed velocities
     height: int  # index, in the state, of what must stay in the healthy z range, if there is one
-    num_samples: int  # from here on defaults; without the last two cores plan in real time
+    num_samples: int  # from here on, defaults
     horizon: int
     tail: int
     backup_steps: int
@@ -529,7 +529,7 @@ def plan_step(model: Model, policy: NumpyPolicy, addon: AddonTask, args: Args, r
     u = weights @ imagined.u[:, 0]
     if lifetimes(model, policy, u[None], args.backup_steps)[0] < args.backup_steps:
         mean, _ = mean_and_log_std(policy, observations(model, present_state(model)))
-        choices = np.concatenate((mean[None], imagined.u[:, 0], u[None]))
+        choices = np.concatenate((mean[None], imagined.u[:, 0], u[None]))  # of equals the first is taken
         u = choices[np.argmax(lifetimes(model, policy, choices, args.backup_steps))]
     return u.astype(np.float32)
 
@@ -545,10 +545,10 @@ def lifetimes(model: Model, policy: NumpyPolicy, u: np.ndarray, steps: int) -> n
         state = simulate_rollouts(model, state, bounded(policy, u, space.low, space.high))
         alive &= ~terminated(model, state)
         if not alive.any():
-            return lived
+            break
         lived += alive
         u, _ = mean_and_log_std(policy, observations(model, state))
-    return np.where(alive, steps, lived)
+    return lived
 
 
 class PlannedEpisode(NamedTuple):
