@@ -11,6 +11,7 @@ is not repeated. So the command can be interrupted, and given again. Intervals a
 
 import csv
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -140,22 +141,25 @@ def survival_of(env_id: str) -> float:
 
 def entropy_tuning() -> Iterator[Setting]:
     """The four treatments of entropy in PPO, from scratch, each over a grid of three, with tuning seeds."""
+    short, long = ("", 500_000), (", 3M steps", 3_000_000)
     for env_id in ("HalfCheetah-v4", "Hopper-v4", "Ant-v4"):
-        for treatment in ("soft", "bonus", "repeat", "none"):
+        for (mark, steps), treatment in itertools.product((short, long), ("soft", "bonus", "repeat", "none")):
             for alpha, ent_coef in ((0.03, 0.001), (0.1, 0.01), (0.3, 0.1)):
-                known = {"soft": f"α = {alpha}", "bonus": f"coefficient {ent_coef}", "none": ""}
-                label = known.get(treatment, f"{known['soft']}, {known['bonus']}")
-                flags = f"--entropy {treatment} --alpha {alpha} --ent-coef {ent_coef} --total-timesteps 500000"
+                soft, bonus = f" α = {alpha}", f" coefficient {ent_coef}"
+                names = {"soft": soft, "bonus": bonus, "repeat": f"{soft},{bonus}", "none": ""}
+                label = f"{treatment}{names[treatment]}{mark}"
+                flags = f"--entropy {treatment} --alpha {alpha} --ent-coef {ent_coef} --total-timesteps {steps}"
                 if treatment != "none" or alpha == 0.1:  # without entropy there is nothing to tune
-                    yield Setting(env_id, f"{treatment} {label}".strip(), flags, "soft_ppo")
+                    yield Setting(env_id, label, flags, "soft_ppo")
 
 
 def entropy() -> Iterator[Setting]:
-    """Of each treatment of entropy the one that was best in tuning."""
+    """Of each treatment of entropy, and number of steps, the one that was best in tuning."""
     best = {}
     for row in read_rows(RESULTS / "entropy-tuning.csv"):
-        best.setdefault((row["env_id"], row["label"].split()[0]), {}).setdefault(row["label"], []).append(row)
-    for (env_id, _), grid in best.items():
+        group = row["env_id"], row["flags"].split()[1], row["flags"].split()[-1]
+        best.setdefault(group, {}).setdefault(row["label"], []).append(row)
+    for (env_id, *_), grid in best.items():
         rows = max(grid.values(), key=lambda rows: np.mean([float(row["policy stochastic total"]) for row in rows]))
         yield Setting(env_id, rows[0]["label"], rows[0]["flags"], "soft_ppo")
 
