@@ -30,16 +30,18 @@ sys.path.insert(0, str(ROOT / "residual_q_learning"))
 import residual_mppi as mppi  # noqa: E402
 
 PARTS = ("table", "noise", "samples", "official", "speed")
-EPISODES = dict.fromkeys(("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4"), 50)  # of the default
+EPISODES = dict.fromkeys(("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Swimmer-v4"), 50)  # of the default
 # Of the authors' code for Residual-MPPI: horizon, samples, lambda, omega', variance of the noise; gamma is 0.9.
 OFFICIAL = {
     "HalfCheetah-v4": (2, 10_000, 5e-5, 1e-7, 0.017),
     "Hopper-v4": (8, 10_000, 1e-5, 2e-7, 0.005),
     "Ant-v4": (5, 5_000, 5e-3, 1e-2, 0.005),
+    "Swimmer-v4": (5, 5_000, 1e-4, 1e-4, 0.02),
 }
-OFFICIAL_SAMPLES = {"HalfCheetah-v4": 64, "Hopper-v4": 128, "Ant-v4": 64}  # for whole episodes
+OFFICIAL_SAMPLES = {"HalfCheetah-v4": 64, "Hopper-v4": 128, "Ant-v4": 64, "Swimmer-v4": 64}  # for whole episodes
+# With all samples, beside the default's; a whole episode, but of HalfCheetah, would take an hour or two.
+OFFICIAL_STEPS = {"HalfCheetah-v4": 20, "Hopper-v4": 100, "Ant-v4": 100, "Swimmer-v4": 100}
 SCAN_STEPS = 300
-OFFICIAL_STEPS = 20  # of HalfCheetah with all samples, beside the default's; an episode would take an hour elsewhere
 
 
 class Setting(NamedTuple):
@@ -92,10 +94,10 @@ def settings() -> Iterator[Setting]:
         yield Setting("official", env_id, f"official, but K = {fewer}", "residual", f"{flags} {fewer}", 1)
         if env_id == "HalfCheetah-v4":
             yield Setting("official", env_id, "official", "residual", f"{flags} {samples}", 1)
-            limit, label = f"--max-steps {OFFICIAL_STEPS}", f"{OFFICIAL_STEPS} steps"
-            yield Setting("official", env_id, f"default, {label}", "prior", limit, 1)
-            yield Setting("official", env_id, f"default, {label}", "residual", limit, 1)
-            yield Setting("official", env_id, f"official, {label}", "residual", f"{flags} {samples} {limit}", 1)
+        limit, label = f"--max-steps {OFFICIAL_STEPS[env_id]}", f"{OFFICIAL_STEPS[env_id]} steps"
+        yield Setting("official", env_id, f"default, {label}", "prior", limit, 1)
+        yield Setting("official", env_id, f"default, {label}", "residual", limit, 1)
+        yield Setting("official", env_id, f"official, {label}", "residual", f"{flags} {samples} {limit}", 1)
 
 
 def mean_deviation(env_id: str) -> float:
