@@ -112,7 +112,7 @@ def by_actions(env_id: str) -> Setting:
     """A budget of 1.5 standard deviations of a Gaussian's log pi(a|s), which is sqrt(actions / 2) nats."""
     with safetensors.safe_open(ROOT / f"priors/{env_id}.safetensors", "numpy") as file:
         budget = 1.5 * (file.get_tensor("actor_logstd").size / 2) ** 0.5
-    return Setting(env_id, "Residual PPO, a budget of 1.5 √(actions / 2)", f"--budget {budget:.6g}")
+    return Setting(env_id, BY_ACTIONS, f"--budget {budget:.6g}")
 
 
 def trained_further(env_id: str) -> Setting:
@@ -228,6 +228,7 @@ def munchausen() -> Iterator[Setting]:
 
 
 DEFAULT = "Residual PPO, default"
+BY_ACTIONS = "Residual PPO, a budget of 1.5 √(actions / 2)"
 KL_WEIGHTS = (1, 3, 8)  # of KL PPO, in units of the prior's alpha
 TABLES: dict[str, Callable[[], Iterator[Setting]]] = {
     "default": default,
@@ -249,7 +250,7 @@ class Args:
     table: tyro.conf.Positional[Literal[tuple(TABLES)]]
     """which table"""
     seeds: tuple[int, ...] | None = None
-    """if not given, the reporting seeds 206 to 210; for entropy-tuning 21 and 22"""
+    """if not given, 206 to 210, of the budget by actions 211 to 215; for entropy-tuning 21 and 22"""
     env_ids: tuple[str, ...] = ()
     """only these environments; if not given, all of the table"""
     labels: tuple[str, ...] = ()
@@ -624,14 +625,20 @@ def choose(settings: list[Setting], field: str, given: tuple[str, ...]) -> list[
     return [setting for setting in settings if not given or getattr(setting, field) in given]
 
 
-def run_missing(args: Args, settings: list[Setting], seeds: tuple[int, ...], path: Path) -> list[dict[str, str]]:
+def seeds_of(table: str, label: str) -> tuple[int, ...]:
+    """Those that a row is run with, if none are given: tuning seeds are never reporting seeds."""
+    first, number = (21, 2) if table == "entropy-tuning" else (211 if label == BY_ACTIONS else 206, 5)
+    return tuple(range(first, first + number))
+
+
+def run_missing(args: Args, wanted: list[tuple[Setting, int]], path: Path) -> list[dict[str, str]]:
     """Run what the table's CSV, and those beside it, lack, and add it there; returns all of the table's runs."""
 
     def is_missing(pair):
         setting, seed = pair
         return all((x["env_id"], x["label"], int(x["seed"])) != (setting.env_id, setting.label, seed) for x in rows)
 
-    rows, wanted = read_rows(path), [(setting, seed) for seed in seeds for setting in settings]
+    rows = read_rows(path)
     if reused := rows_of_other_tables(list(filter(is_missing, wanted)), path.parent):
         rows += reused
         write_rows(path, rows)
@@ -665,15 +672,17 @@ def stop(message: str, exit_code: int) -> None:
 def main(args: Args) -> None:
     """Run what is missing, then write table and picture."""
     out = RESULTS / "smoke" if args.smoke and args.out == RESULTS else args.out
-    seeds = args.seeds or ((21, 22) if args.table == "entropy-tuning" else (206, 207, 208, 209, 210))
     if args.jobs < 1:
         stop(f"--jobs is {args.jobs}; at least one run has to go on at a time", 2)
     settings = choose(choose(list(TABLES[args.table]()), "env_id", args.env_ids), "label", args.labels)
     if args.smoke:
-        settings, seeds = [x for x in settings if x.env_id == settings[0].env_id], seeds[:1]
+        settings = [setting for setting in settings if setting.env_id == settings[0].env_id]
+    pairs = [[(x, seed) for seed in args.seeds or seeds_of(args.table, x.label)] for x in settings]
+    wanted = [pair for column in zip(*pairs, strict=True) for pair in column]  # all rows' first seeds, then the next
+    wanted = wanted[: len(settings)] if args.smoke else wanted
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{args.table}.csv"
-    rows = in_order(run_missing(args, settings, seeds, path), args.table)
+    rows = in_order(run_missing(args, wanted, path), args.table)
     if not rows:
         stop(f"{path} has no runs yet; leave out --no-run", 2)
     table = markdown(rows, args.table)
