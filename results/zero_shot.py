@@ -39,7 +39,7 @@ OFFICIAL = {
     "Swimmer-v4": (5, 5_000, 1e-4, 1e-4, 0.02),
 }
 OFFICIAL_SAMPLES = {"HalfCheetah-v4": 64, "Hopper-v4": 128, "Ant-v4": 64, "Swimmer-v4": 64}  # for whole episodes
-# With all samples, beside the default's; a whole episode, but of HalfCheetah, would take an hour or two.
+# With all samples, beside the default's; a whole episode takes up to two and a half hours.
 OFFICIAL_STEPS = {"HalfCheetah-v4": 20, "Hopper-v4": 50, "Ant-v4": 50, "Swimmer-v4": 50}
 SCAN_STEPS = 300
 
