@@ -229,6 +229,7 @@ def munchausen() -> Iterator[Setting]:
 
 DEFAULT = "Residual PPO, default"
 BY_ACTIONS = "Residual PPO, a budget of 1.5 √(actions / 2)"
+OLDER = ("entropy", "clock", "soft-sac")  # tables with former reporting seeds, but for the rows of 3M steps
 KL_WEIGHTS = (1, 3, 8)  # of KL PPO, in units of the prior's alpha
 TABLES: dict[str, Callable[[], Iterator[Setting]]] = {
     "default": default,
@@ -250,7 +251,7 @@ class Args:
     table: tyro.conf.Positional[Literal[tuple(TABLES)]]
     """which table"""
     seeds: tuple[int, ...] | None = None
-    """if not given, 206 to 210, of the budget by actions 211 to 215; for entropy-tuning 21 and 22"""
+    """if not given, those that the row reports: 206 to 210, of some 211 to 215 or 101 to 105; in tuning 21 and 22"""
     env_ids: tuple[str, ...] = ()
     """only these environments; if not given, all of the table"""
     labels: tuple[str, ...] = ()
@@ -627,8 +628,10 @@ def choose(settings: list[Setting], field: str, given: tuple[str, ...]) -> list[
 
 def seeds_of(table: str, label: str) -> tuple[int, ...]:
     """Those that a row is run with, if none are given: tuning seeds are never reporting seeds."""
-    first, number = (21, 2) if table == "entropy-tuning" else (211 if label == BY_ACTIONS else 206, 5)
-    return tuple(range(first, first + number))
+    if table == "entropy-tuning":
+        return 21, 22
+    first = 211 if label == BY_ACTIONS else 101 if table in OLDER and "3M steps" not in label else 206
+    return tuple(range(first, first + 5))
 
 
 def run_missing(args: Args, wanted: list[tuple[Setting, int]], path: Path) -> list[dict[str, str]]:
