@@ -706,7 +706,7 @@ def improve(loss: Callable, args: Args, state: TrainState, batch: Batch, key: Ar
 
 
 def ppo_update(
-    loss: Callable, args: Args, state: TrainState, transitions: Transitions, reward: Array, key: Array
+    loss: Callable, args: Args, state: TrainState, transitions: Transitions, reward: Array, gamma: Array, key: Array
 ) -> tuple[TrainState, Metrics]:
     """Improve policy and critic by a rollout, whose reward (num_steps, num_envs) is all that they are to maximise."""
     obs = normalise(transitions.obs, state.obs_stats, state.actor.obs_clip)
@@ -716,10 +716,10 @@ def ppo_update(
     # One running scale for the whole reward keeps the proportions of its terms.
     valid, terminated, truncated = transitions.valid, transitions.terminated, transitions.truncated
     reward = jnp.where(valid, reward, 0)
-    returns = discounted_sum(state.return_trace, reward, args.gamma * valid)  # an auto-reset step starts from 0
+    returns = discounted_sum(state.return_trace, reward, gamma * valid)  # an auto-reset step starts from 0
     return_stats = merge_stats(state.return_stats, returns, valid)
     reward_scale = jnp.sqrt(return_stats.var + 1e-8)
-    advantage = gae(reward / reward_scale, value, terminated, truncated, args.gamma, args.gae_lambda)
+    advantage = gae(reward / reward_scale, value, terminated, truncated, gamma, args.gae_lambda)
     batch = Batch(obs[:-1], transitions.action, log_prob, advantage, value[:-1], advantage + value[:-1], valid)
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
     state, metrics = improve(loss, args, state, batch, key)
@@ -775,7 +775,7 @@ def residual_update(
         alpha_hat = falling if alpha_hat is None else alpha_hat
     log_probs = prior_log_prob + jacobian, log_prob + jacobian
     reward = residual_reward(transitions.addon_reward, *log_probs, end, omega_prime, alpha_hat)
-    state, metrics = ppo_update(ppo_loss, args, state, transitions, reward, key)
+    state, metrics = ppo_update(ppo_loss, args, state, transitions, reward, args.gamma, key)
     if not args.init_from_prior:  # else keep the prior's normaliser, so that the policy changes by learning alone
         state = state.replace(obs_stats=merge_stats(state.obs_stats, obs, valid))
     if args.omega_prime is None:
@@ -1364,7 +1364,7 @@ LIMITS = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epoc
 LIMITS |= dict.fromkeys(("eval_episodes", "batch_size", "policy_frequency", "target_network_frequency"), (1, np.inf))
 LIMITS |= dict.fromkeys(("learning_rate", "max_grad_norm", "clip_coef", "q_lr", "policy_lr"), (1e-30, np.inf))
 LIMITS |= dict.fromkeys(("addon_coef", "survival_reward", "target_entropy"), (-np.inf, np.inf))
-LIMITS |= {"seed": (0, 2**30 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "tau": (0, 1)}
+LIMITS |= {"seed": (0, 2**30 - 1), "gamma": (0, 1), "initial_gamma": (0, 1), "gae_lambda": (0, 1), "tau": (0, 1)}
 
 
 def check_flags(args: Args) -> None:

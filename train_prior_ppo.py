@@ -118,7 +118,9 @@ class Args:
     anneal_lr: bool = True
     """lower the learning rate linearly to 0 over the run"""
     gamma: float = 0.99
-    """discount"""
+    """discount, at the end of the run"""
+    initial_gamma: float = 1.0
+    """at its start, if that is less: 1 - gamma then falls geometrically"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 16
@@ -297,6 +299,16 @@ def discounted_sum(start: Array, x: Array, decay: Array, reverse: bool = False) 
         return y, y
 
     return lax.scan(step, start, (x, decay), reverse=reverse)[1]
+
+
+def discount(initial_gamma: float, gamma: float, progress: Array) -> float | Array:
+    """The discount at a share of the run: 1 - gamma falls to its final value geometrically, as in arXiv 1512.02011.
+
+    A short horizon learns fast, a long one sees the fall that is far away. Constant unless initial_gamma < gamma.
+    """
+    if initial_gamma >= gamma:
+        return gamma
+    return 1 - (1 - initial_gamma) * ((1 - gamma) / (1 - initial_gamma)) ** progress
 
 
 def gae(reward: Array, value: Array, terminated: Array, truncated: Array, gamma: float, gae_lambda: float) -> Array:
@@ -655,7 +667,7 @@ def improve(loss: Callable, args: Args, state: TrainState, batch: Batch, key: Ar
 
 
 def ppo_update(
-    loss: Callable, args: Args, state: TrainState, transitions: Transitions, reward: Array, key: Array
+    loss: Callable, args: Args, state: TrainState, transitions: Transitions, reward: Array, gamma: Array, key: Array
 ) -> tuple[TrainState, Metrics]:
     """Improve policy and critic by a rollout, whose reward (num_steps, num_envs) is all that they are to maximise."""
     obs = normalise(transitions.obs, state.obs_stats, state.actor.obs_clip)
@@ -665,10 +677,10 @@ def ppo_update(
     # One running scale for the whole reward keeps the proportions of its terms.
     valid, terminated, truncated = transitions.valid, transitions.terminated, transitions.truncated
     reward = jnp.where(valid, reward, 0)
-    returns = discounted_sum(state.return_trace, reward, args.gamma * valid)  # an auto-reset step starts from 0
+    returns = discounted_sum(state.return_trace, reward, gamma * valid)  # an auto-reset step starts from 0
     return_stats = merge_stats(state.return_stats, returns, valid)
     reward_scale = jnp.sqrt(return_stats.var + 1e-8)
-    advantage = gae(reward / reward_scale, value, terminated, truncated, args.gamma, args.gae_lambda)
+    advantage = gae(reward / reward_scale, value, terminated, truncated, gamma, args.gae_lambda)
     batch = Batch(obs[:-1], transitions.action, log_prob, advantage, value[:-1], advantage + value[:-1], valid)
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
     state, metrics = improve(loss, args, state, batch, key)
@@ -687,7 +699,8 @@ def soft_update(
     obs, valid = transitions.obs[:-1], transitions.valid
     log_prob = policy_log_prob(state.policy, obs, transitions.action)
     reward = soft_reward(omega * transitions.basic_reward + transitions.addon_reward, log_prob, alpha)
-    state, metrics = ppo_update(loss, args, state, transitions, reward, key)
+    gamma = discount(args.initial_gamma, args.gamma, state.iteration / num_iterations(args))
+    state, metrics = ppo_update(loss, args, state, transitions, reward, gamma, key)
     if not getattr(args, "init_from", None):  # else keep its normaliser, so that the policy changes by learning alone
         state = state.replace(obs_stats=merge_stats(state.obs_stats, obs, valid))
     return state, {"entropy": -masked_mean(log_prob, valid)} | metrics
@@ -1210,7 +1223,7 @@ LIMITS = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epoc
 LIMITS |= dict.fromkeys(("eval_episodes", "batch_size", "policy_frequency", "target_network_frequency"), (1, np.inf))
 LIMITS |= dict.fromkeys(("learning_rate", "max_grad_norm", "clip_coef", "q_lr", "policy_lr"), (1e-30, np.inf))
 LIMITS |= dict.fromkeys(("addon_coef", "survival_reward", "target_entropy"), (-np.inf, np.inf))
-LIMITS |= {"seed": (0, 2**30 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "tau": (0, 1)}
+LIMITS |= {"seed": (0, 2**30 - 1), "gamma": (0, 1), "initial_gamma": (0, 1), "gae_lambda": (0, 1), "tau": (0, 1)}
 
 
 def check_flags(args: Args) -> None:

@@ -1174,7 +1174,7 @@ LIMITS = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epoc
 LIMITS |= dict.fromkeys(("eval_episodes", "batch_size", "policy_frequency", "target_network_frequency"), (1, np.inf))
 LIMITS |= dict.fromkeys(("learning_rate", "max_grad_norm", "clip_coef", "q_lr", "policy_lr"), (1e-30, np.inf))
 LIMITS |= dict.fromkeys(("addon_coef", "survival_reward", "target_entropy"), (-np.inf, np.inf))
-LIMITS |= {"seed": (0, 2**30 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "tau": (0, 1)}
+LIMITS |= {"seed": (0, 2**30 - 1), "gamma": (0, 1), "initial_gamma": (0, 1), "gae_lambda": (0, 1), "tau": (0, 1)}
 
 
 def check_flags(args: Args) -> None:

@@ -118,7 +118,7 @@ def by_actions(env_id: str) -> Setting:
 def trained_further(env_id: str) -> Setting:
     """What one does who knows the basic reward: train the prior on, on both rewards."""
     flags = f"--init-from priors/{env_id}.safetensors --addon {ADDONS[env_id.removesuffix('-v4')]}"
-    flags += f" --alpha {alpha_of(env_id):g} --total-timesteps 500000"
+    flags += f" --alpha {alpha_of(env_id):g} --gamma 0.99 --total-timesteps 500000"  # the prior's
     return Setting(env_id, "prior trained further", flags, "soft_ppo")
 
 
@@ -148,7 +148,8 @@ def entropy_tuning() -> Iterator[Setting]:
                 soft, bonus = f" α = {alpha}", f" coefficient {ent_coef}"
                 names = {"soft": soft, "bonus": bonus, "repeat": f"{soft},{bonus}", "none": ""}
                 label = f"{treatment}{names[treatment]}{mark}"
-                flags = f"--entropy {treatment} --alpha {alpha} --ent-coef {ent_coef} --total-timesteps {steps}"
+                flags = f"--entropy {treatment} --alpha {alpha} --ent-coef {ent_coef} --gamma 0.99"  # constant
+                flags += f" --total-timesteps {steps}"
                 if treatment != "none" or alpha == 0.1:  # without entropy there is nothing to tune
                     yield Setting(env_id, label, flags, "soft_ppo")
 

@@ -39,7 +39,7 @@ jitted_ppo_update = jax.jit(residual_ppo.ppo_update, static_argnames=("loss", "a
 
 def ppo_update(args, state, transitions, reward):
     """An iteration on a reward."""
-    return jitted_ppo_update(residual_ppo.ppo_loss, args, state, transitions, reward, KEY)
+    return jitted_ppo_update(residual_ppo.ppo_loss, args, state, transitions, reward, args.gamma, KEY)
 
 
 @pytest.fixture
@@ -759,6 +759,30 @@ def test_learning_rate_falls_linearly_to_zero(first_state):
     )
     assert halfway == pytest.approx(first / 2, rel=0.1)
     assert end == 0
+
+
+@pytest.mark.usefixtures("float64")
+def test_discount_rises_by_the_recursion_of_its_paper():
+    """1 - gamma is multiplied by one number in each iteration; no rise if it began above, and none to a lower one."""
+    factor, gammas = (0.003 / 0.01) ** (1 / 50), [0.99]
+    for _ in range(50):
+        gammas.append(1 - factor * (1 - gammas[-1]))
+    found = soft_ppo.discount(0.99, 0.997, np.arange(51) / 50)
+    np.testing.assert_allclose(found, gammas, rtol=1e-12)
+    assert {soft_ppo.discount(start, 0.95, share) for start in (0.95, 0.99, 1.0) for share in (0, 0.5)} == {0.95}
+
+
+def test_an_iteration_has_the_discount_of_its_share_of_the_run(first_state):
+    """0.9 at first, 0.99 halfway to 0.999, as if that number were constant; not one number in both."""
+    transitions, _ = random_rollout(12, first_state)
+    rising = soft_ppo.Args(**PPO | {"gamma": 0.999, "anneal_lr": False}, initial_gamma=0.9)
+    updated = []
+    for iteration, gamma in ((0, 0.9), (5, 0.99)):  # of 10
+        state = first_state.replace(iteration=np.int32(iteration))
+        constant = dataclasses.replace(rising, gamma=gamma, initial_gamma=1.0)
+        updated += [soft_update(args, state, transitions)[0] for args in (rising, constant)]
+    assert max(distance(*updated[:2]), distance(*updated[2:])) < 1e-6
+    assert distance(updated[0], updated[2]) > 1e-3
 
 
 def test_residual_update_finds_the_soft_optimum_of_a_bandit():
