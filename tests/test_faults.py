@@ -226,23 +226,27 @@ def test_flags_that_an_older_run_does_not_know_are_named(tmp_path, runs, capsys)
 
 
 @pytest.mark.parametrize(
-    ("basic", "said"),
+    ("objective", "basic", "said"),
     [
-        ((69, 100), "with stochastic actions .* 100 to 69"),
-        ((100, 69), "with deterministic .* 100 to 69"),
-        ((69, 50), "with stochastic actions from 100 to 69, with deterministic actions from 100 to 50"),
-        ((71, 71), ""),
+        ((100, 100), (69, 100), "basic fell with stochastic actions from 100 to 69;"),
+        ((100, 100), (100, 69), "basic fell with deterministic .* 100 to 69;"),
+        ((100, 100), (69, 50), "with stochastic actions from 100 to 69, with deterministic actions from 100 to 50;"),
+        ((91, 91), (71, 71), ""),
+        ((89, 91), (71, 71), "objective fell with stochastic actions from 100 to 89; a larger --omega"),
+        ((120, 89), (71, 71), "objective fell with deterministic actions from 100 to 89;"),
+        ((50, 50), (69, 71), "basic fell with stochastic actions from 100 to 69;"),
     ],
 )
-def test_table_says_which_actions_have_lost_the_prior(basic, said):
-    def row(*means):
-        names = ("objective", "total", "basic", "addon", "quantity", "length")
+def test_table_says_which_actions_have_lost_the_prior(objective, basic, said):
+    def row(objective, basic):
+        names = ("total", "addon", "quantity", "length")
         return {
-            actions: dict.fromkeys(names, np.array([x - 1.0, x + 1.0]))
-            for actions, x in zip(residual_ppo.ACTIONS, means, strict=True)
+            actions: dict.fromkeys(names, np.zeros(2)) | {"objective": x + np.array([-1, 1]), "basic": np.full(2, y)}
+            for actions, x, y in zip(residual_ppo.ACTIONS, objective, basic, strict=True)
         }
 
-    caption = residual_ppo.results_table("x", {"prior": row(100, 100), "customised": row(*basic)}).caption or ""
+    results = {"prior": row((100, 100), (100, 100)), "customised": row(objective, basic)}
+    caption = residual_ppo.results_table("x", results).caption or ""
     assert bool(said) == bool(caption) and re.search(said, caption)
 
 

@@ -240,8 +240,8 @@ def test_tanhs_jacobian_counts_where_the_prior_names_an_alpha(runs):
 @pytest.mark.parametrize(("before", "after", "said"), [(100, 69, True), (100, 71, False), (-100, -131, True)])
 def test_a_prior_that_is_lost_is_said_with_the_flag_that_keeps_it(before, after, said):
     def evaluation(basic):
-        names = ("objective", "total", "basic", "addon", "quantity", "length")
-        return dict.fromkeys(("stochastic", "deterministic"), {name: np.full(3, float(basic)) for name in names})
+        rest = dict.fromkeys(("objective", "total", "addon", "quantity", "length"), np.zeros(3))
+        return dict.fromkeys(("stochastic", "deterministic"), rest | {"basic": np.full(3, float(basic))})
 
     table = residual_ppo.results_table("x", {"prior": evaluation(before), "customised": evaluation(after)})
     assert ("--omega" in (table.caption or "")) == said
