@@ -906,7 +906,7 @@ def results_table(quantity: str, results: Results) -> rich.table.Table:
     for name, digits in {"objective": 0, "total": 0, "basic": 0, "addon": 0, "quantity": 3, "length": 0}.items():
         cells = [f"{x[name].mean():.{digits}f} ± {x[name].std():.{digits}f}" for x in columns.values()]
         table.add_row({"addon": "add-on", "quantity": quantity}.get(name, name), *cells)
-    for name, share in {"objective": 0.1, "basic": 0.3}.items():  # if both fell, the latter is said
+    for name, share in {"objective": 0.05, "basic": 0.3}.items():  # if both fell, the latter is said
         means = {actions: [x[actions][name].mean() for x in results.values()] for actions in ACTIONS}  # the prior first
         if fell := {actions: x for actions, x in means.items() if x[-1] < x[0] - share * abs(x[0])}:
             what = ", ".join(f"with {actions} actions from {x[0]:.0f} to {x[-1]:.0f}" for actions, x in fell.items())

@@ -231,9 +231,9 @@ def test_flags_that_an_older_run_does_not_know_are_named(tmp_path, runs, capsys)
         ((100, 100), (69, 100), "basic fell with stochastic actions from 100 to 69;"),
         ((100, 100), (100, 69), "basic fell with deterministic .* 100 to 69;"),
         ((100, 100), (69, 50), "with stochastic actions from 100 to 69, with deterministic actions from 100 to 50;"),
-        ((91, 91), (71, 71), ""),
-        ((89, 91), (71, 71), "objective fell with stochastic actions from 100 to 89; a larger --omega"),
-        ((120, 89), (71, 71), "objective fell with deterministic actions from 100 to 89;"),
+        ((96, 96), (71, 71), ""),
+        ((94, 96), (71, 71), "objective fell with stochastic actions from 100 to 94; a larger --omega"),
+        ((120, 94), (71, 71), "objective fell with deterministic actions from 100 to 94;"),
         ((50, 50), (69, 71), "basic fell with stochastic actions from 100 to 69;"),
     ],
 )
