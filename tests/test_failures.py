@@ -537,7 +537,8 @@ def test_run_killed_twice_is_resumed_and_completes(killed):
 def test_run_interrupted_by_ctrl_c_tells_how_to_resume_and_does(tmp_path, pendulum_prior, runs):
     """With its own copy of the prior, and the arguments resolved at the start, whatever has become of the file."""
     prior = tmp_path / "prior.safetensors"
-    prior.write_bytes(pendulum_prior.read_bytes())
+    write_policy(prior, pendulum_prior, gamma="0.9")
+    its_bytes = prior.read_bytes()
     flags = (*PENDULUM, "--addon", "none", "--prior", prior, "--omega", 0.5, "--total-timesteps", 128 * 150)
     process = start_script("residual_ppo", *flags, "--runs-dir", "runs", cwd=tmp_path, start_new_session=True)
     run_dir = wait_for_rows(process, tmp_path / "runs", 5)
@@ -563,12 +564,12 @@ def test_run_interrupted_by_ctrl_c_tells_how_to_resume_and_does(tmp_path, pendul
     assert weights <= set(resumed.stdout.splitlines())
     assert "note     gamma" not in resumed.stdout
     assert f"prior    runs/{run_dir.name}/prior.safetensors" in resumed.stdout
-    assert (run_dir / "prior.safetensors").read_bytes() == pendulum_prior.read_bytes()
+    assert (run_dir / "prior.safetensors").read_bytes() == its_bytes
     tensors, metadata = read_policy(run_dir / "policy.safetensors")
     np.testing.assert_array_equal(tensors["obs_mean"], read_policy(pendulum_prior)[0]["obs_mean"])
     texts = ((run_dir / "args.json").read_text(), metadata["training"])
     args, resumed_args = (json.loads(text)["args"] for text in texts)
-    expected = {"omega": 0.5, "gamma": 0.99}
+    expected = {"omega": 0.5, "gamma": 0.9}
     expected |= {"survival_reward": float(read_policy(pendulum_prior)[1]["survival_reward"])}
     assert {name: args[name] for name in expected} == pytest.approx(expected)
     assert (args["omega_prime"], args["alpha_hat"], args["budget"]) == (None, None, 2)
