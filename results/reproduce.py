@@ -95,6 +95,7 @@ def customisation() -> Iterator[Setting]:
     for env_id in ("HalfCheetah-v4", "Hopper-v4", "Ant-v4", "Walker2d-v4"):
         survival = f" --survival-reward {survival_of(env_id):.6g}"
         yield Setting(env_id, DEFAULT)
+        yield Setting(env_id, LONG_ROLLOUTS, "--num-envs 16 --num-steps 128")
         yield by_actions(env_id)
         for k in KL_WEIGHTS:  # its gain is not to be that of the survival reward
             yield Setting(env_id, f"KL PPO, ω′ = α̂ = {k:g} α, with c", weights(env_id, k, k) + survival)
@@ -229,6 +230,7 @@ def munchausen() -> Iterator[Setting]:
 
 
 DEFAULT = "Residual PPO, default"
+LONG_ROLLOUTS = "Residual PPO, 16 environments × 128 steps"
 BY_ACTIONS = "Residual PPO, a budget of 1.5 √(actions / 2)"
 OLDER = ("entropy", "clock", "soft-sac")  # tables with former reporting seeds, but for the rows of 3M steps
 KL_WEIGHTS = (1, 3, 8)  # of KL PPO, in units of the prior's alpha
