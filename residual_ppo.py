@@ -91,7 +91,7 @@ class Args:
     """an EnvPool environment with vectors (Box) for observations and actions"""
     env_kwargs: str = "{}"
     """keyword arguments for EnvPool's make, in JSON"""
-    num_envs: int = 64
+    num_envs: int = 16
     """parallel environments"""
     total_timesteps: int = 500_000
     """environment steps of the whole training, all environments together"""
@@ -123,8 +123,8 @@ class Args:
     """widths of the hidden layers of policy and critic; if not given, the prior's"""
 
     # PPO
-    num_steps: int = 32
-    """steps per environment between two updates"""
+    num_steps: int = 128
+    """steps per environment between two updates; over few, advantages rest on the critic, which starts fresh"""
     learning_rate: float = 3e-4
     """learning rate of Adam; the narrower the prior's Gaussian, the smaller it must be"""
     anneal_lr: bool = True

@@ -265,7 +265,8 @@ def compete(args: Args, env_id: str, num_envs: int, contestants: dict[str, tuple
 def start_up(env_id: str, num_envs: int, cache: Path) -> tuple[float, float]:
     """Seconds from the start of residual_ppo.py's process to its first logged update, and its peak memory in MB."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--env-id", env_id, "--num-envs", num_envs, "--total-timesteps", 10 * 32 * num_envs]
+        flags = ["--env-id", env_id, "--num-envs", num_envs, "--num-steps", 32]
+        flags += ["--total-timesteps", 10 * 32 * num_envs]
         flags += ["--runs-dir", folder, "--no-progress"]
         command = [sys.executable, ROOT / "residual_ppo.py", *flags]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}

@@ -81,10 +81,11 @@ def weights(env_id: str, omega_prime: float, alpha_hat: float) -> str:
 def default() -> Iterator[Setting]:
     """Customisation with default flags where no choice was made, beside KL PPO; what customisation() does not have."""
     for env_id in ("Swimmer-v4", "Humanoid-v4"):
-        survival = f" --survival-reward {survival_of(env_id):.6g}"
+        survival = f" --survival-reward {survival_of(env_id):.6g} {SHORT}"
         yield Setting(env_id, DEFAULT)
+        yield Setting(env_id, SHORT_ROLLOUTS, SHORT)
         if env_id == "Swimmer-v4":
-            yield Setting(env_id, "Residual PPO, a budget of 1 nat", "--budget 1")
+            yield Setting(env_id, "Residual PPO, a budget of 1 nat", f"--budget 1 {SHORT}")
             yield by_actions(env_id)
         yield Setting(env_id, "KL PPO, ω′ = α̂ = 3 α, with c", weights(env_id, 3, 3) + survival)
     yield Setting("Ant-v4", "Residual PPO, ω = 0.5", "--omega 0.5")
@@ -93,19 +94,20 @@ def default() -> Iterator[Setting]:
 def customisation() -> Iterator[Setting]:
     """The paper's table: what the methods make of the same prior."""
     for env_id in ("HalfCheetah-v4", "Hopper-v4", "Ant-v4", "Walker2d-v4"):
-        survival = f" --survival-reward {survival_of(env_id):.6g}"
-        yield Setting(env_id, DEFAULT)
-        yield Setting(env_id, LONG_ROLLOUTS, "--num-envs 16 --num-steps 128")
+        survival = f" --survival-reward {survival_of(env_id):.6g} {SHORT}"
+        yield Setting(env_id, DEFAULT, LONG)
+        yield Setting(env_id, SHORT_ROLLOUTS, SHORT)
         yield by_actions(env_id)
         for k in KL_WEIGHTS:  # its gain is not to be that of the survival reward
             yield Setting(env_id, f"KL PPO, ω′ = α̂ = {k:g} α, with c", weights(env_id, k, k) + survival)
         yield Setting(env_id, "Residual SAC, default", "", "residual_sac")
         for k in KL_WEIGHTS:
-            yield Setting(env_id, f"Residual PPO, plain, ω′ = {k:g} α, α̂ = α / 3", weights(env_id, k, 1 / 3))
+            flags = f"{weights(env_id, k, 1 / 3)} {SHORT}"
+            yield Setting(env_id, f"Residual PPO, plain, ω′ = {k:g} α, α̂ = α / 3", flags)
         yield trained_further(env_id)
-        yield Setting(env_id, "Greedy PPO", weights(env_id, 0, 1 / 3))
+        yield Setting(env_id, "Greedy PPO", f"{weights(env_id, 0, 1 / 3)} {SHORT}")
         for k in KL_WEIGHTS:
-            yield Setting(env_id, f"KL PPO, ω′ = α̂ = {k:g} α", weights(env_id, k, k))
+            yield Setting(env_id, f"KL PPO, ω′ = α̂ = {k:g} α", f"{weights(env_id, k, k)} {SHORT}")
         yield full(env_id)
 
 
@@ -113,7 +115,7 @@ def by_actions(env_id: str) -> Setting:
     """A budget of 1.5 standard deviations of a Gaussian's log pi(a|s), which is sqrt(actions / 2) nats."""
     with safetensors.safe_open(ROOT / f"priors/{env_id}.safetensors", "numpy") as file:
         budget = 1.5 * (file.get_tensor("actor_logstd").size / 2) ** 0.5
-    return Setting(env_id, BY_ACTIONS, f"--budget {budget:.6g}")
+    return Setting(env_id, BY_ACTIONS, f"--budget {budget:.6g} {SHORT}")
 
 
 def trained_further(env_id: str) -> Setting:
@@ -126,7 +128,7 @@ def trained_further(env_id: str) -> Setting:
 def tasks() -> Iterator[Setting]:
     """Default flags on a second task of each environment."""
     for env_id, task in SECOND_TASKS.items():
-        yield Setting(f"{env_id}-v4", task, f"--addon {task}")
+        yield Setting(f"{env_id}-v4", task, f"--addon {task} {SHORT}")
 
 
 def full(env_id: str) -> Setting:
@@ -230,7 +232,9 @@ def munchausen() -> Iterator[Setting]:
 
 
 DEFAULT = "Residual PPO, default"
-LONG_ROLLOUTS = "Residual PPO, 16 environments × 128 steps"
+LONG = "--num-envs 16 --num-steps 128"  # the default's own, said since at the rows' commit it was SHORT
+SHORT = "--num-envs 64 --num-steps 32"  # the default's until then, with which most rows were run
+SHORT_ROLLOUTS = "Residual PPO, rollouts of 32 steps"
 BY_ACTIONS = "Residual PPO, a budget of 1.5 √(actions / 2)"
 OLDER = ("entropy", "clock", "soft-sac")  # tables with former reporting seeds, but for the rows of 3M steps
 KL_WEIGHTS = (1, 3, 8)  # of KL PPO, in units of the prior's alpha
