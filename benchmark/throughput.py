@@ -164,7 +164,7 @@ def script(
         flags = {"env_id": env_id, "num_envs": num_envs, "runs_dir": Path(folder), "total_timesteps": 10**9}
         flags |= {"eval_episodes": 1, "progress": part == "training"}
         if name == "residual_ppo":
-            flags["prior"] = root / "priors" / f"{env_id}.safetensors"
+            flags |= {"prior": root / "priors" / f"{env_id}.safetensors", "num_steps": steps_of(num_envs)}
         if name == "train_prior_ppo":
             flags["export"] = Path(folder) / "prior.safetensors"
         given = module.check_args(module.Args(**flags))
@@ -262,11 +262,16 @@ def compete(args: Args, env_id: str, num_envs: int, contestants: dict[str, tuple
     return rows
 
 
+def steps_of(num_envs: int) -> int:
+    """Steps between two updates of residual_ppo.py: at least 2048 in all, and 32 in each environment."""
+    return max(32, 2048 // num_envs)
+
+
 def start_up(env_id: str, num_envs: int, cache: Path) -> tuple[float, float]:
     """Seconds from the start of residual_ppo.py's process to its first logged update, and its peak memory in MB."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--env-id", env_id, "--num-envs", num_envs, "--num-steps", 32]
-        flags += ["--total-timesteps", 10 * 32 * num_envs]
+        flags = ["--env-id", env_id, "--num-envs", num_envs, "--num-steps", steps_of(num_envs)]
+        flags += ["--total-timesteps", 10 * steps_of(num_envs) * num_envs]
         flags += ["--runs-dir", folder, "--no-progress"]
         command = [sys.executable, ROOT / "residual_ppo.py", *flags]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
