@@ -132,7 +132,7 @@ class Args:
     gamma: float | None = None
     """discount; if not given, the prior's, with which log pi equals its reward up to shaping, but at most 0.99"""
     gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation; 0.98 trusts the fresh critic less, if the prior meets the wish already"""
+    """lambda of generalised advantage estimation; 0.98 for a prior that meets the wish already: the critic errs more"""
     num_minibatches: int = 16
     """minibatches per epoch; divides num_envs * num_steps"""
     update_epochs: int = 5
