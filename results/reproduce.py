@@ -545,7 +545,7 @@ def overview() -> str:
             groups.setdefault(row["label"], []).append(row)
         if not groups:
             continue
-        kl = [runs for label, runs in groups.items() if label.startswith("KL PPO") and label.endswith("with c")]
+        kl = [runs for label, runs in groups.items() if label.startswith("KL PPO") and "with c" in label]
         best = max(kl, key=lambda runs: sum(sum(totals(runs, "policy"), [])) / len(runs), default=[])
         known, ours = (groups.get(label, []) for label in ("prior trained further", DEFAULT))
         found = [totals(ours, "prior"), totals(known, "policy"), totals(best, "policy"), totals(ours, "policy")]
