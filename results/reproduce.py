@@ -101,7 +101,7 @@ def customisation() -> Iterator[Setting]:
         for k in KL_WEIGHTS:  # its gain is not to be that of the survival reward
             yield Setting(env_id, f"KL PPO, ω′ = α̂ = {k:g} α, with c", weights(env_id, k, k) + survival)
         flags = f"{weights(env_id, 3, 3)} --survival-reward {survival_of(env_id):.6g} {LONG}"
-        yield Setting(env_id, "KL PPO, ω′ = α̂ = 3 α, with c, rollouts of 128 steps", flags)
+        yield Setting(env_id, "KL PPO, 3 α, with c, 128 steps", flags)
         yield Setting(env_id, "Residual SAC, default", "", "residual_sac")
         for k in KL_WEIGHTS:
             flags = f"{weights(env_id, k, 1 / 3)} {SHORT}"
