@@ -128,7 +128,7 @@ def trained_further(env_id: str) -> Setting:
 
 
 def tasks() -> Iterator[Setting]:
-    """Default flags on a second task of each environment."""
+    """A second task of each environment, in the rollouts that were the default when these rows were run."""
     for env_id, task in SECOND_TASKS.items():
         yield Setting(f"{env_id}-v4", task, f"--addon {task} {SHORT}")
 

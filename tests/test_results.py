@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "results"))
 import reproduce  # noqa: E402
 import zero_shot  # noqa: E402
 
+import residual_ppo  # noqa: E402
+
 TABLES = [name for name in reproduce.TABLES if (reproduce.RESULTS / f"{name}.csv").exists()]
 
 
@@ -32,6 +34,13 @@ def test_zero_shot_table_is_what_its_csv_says():
 
 def test_overview_in_readme_is_what_the_runs_say():
     assert reproduce.overview() in (ROOT / "README.md").read_text()
+
+
+def test_rows_called_default_have_the_rollouts_of_the_default():
+    args = residual_ppo.Args()
+    assert f"--num-envs {args.num_envs} --num-steps {args.num_steps}" == reproduce.LONG
+    rows = reproduce.read_rows(reproduce.RESULTS / "customisation.csv")
+    assert {row["flags"] for row in rows if row["label"] == reproduce.DEFAULT} == {reproduce.LONG}
 
 
 @pytest.mark.parametrize("name", TABLES)
