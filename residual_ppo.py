@@ -107,8 +107,8 @@ class Args:
     """temperature alpha at which the prior is soft-optimal, reward per nat; if not given, its file's; 0: unknown"""
     omega: float = 1.0
     """weight of the basic task in the objective; divides the budget, and scales the survival reward"""
-    budget: float = 2.0
-    """nats by which mean actions may differ from the prior's, n²/2 for n of its deviations; omega' moves to hold it"""
+    budget: float | None = None
+    """nats that mean actions may be off the prior's, n²/2 for n of its deviations; if not given, min(2, actions / 2)"""
     omega_prime: float | None = None
     """constant weight of log pi, in units of reward per nat, instead of a budget; no survival reward unless given"""
     alpha_hat: float | None = None
@@ -815,8 +815,8 @@ def main(args: Args, open_run: Callable) -> None:
     prior, prior_info = load_policy(args.prior)
     constant = args.omega_prime is not None or args.omega == 0
     args = resolve_args(args, prior, prior_info, PPO_SCALES if constant else None)
-    if args.jacobian is None:
-        args = dataclasses.replace(args, jacobian=constant or args.prior_alpha > 0)
+    own = {"budget": min(2.0, prior.actor.action_dim / 2), "jacobian": constant or args.prior_alpha > 0}
+    args = dataclasses.replace(args, **{name: x for name, x in own.items() if getattr(args, name) is None})
     simulator_of = partial(make_simulator, args.env_id, args.env_kwargs)
     simulator = simulator_of(env_seeds(args.seed, TRAINING, args.num_envs))
     task, actor = ADDON_TASKS[args.addon]._replace(coef=args.addon_coef), prior.actor

@@ -83,7 +83,7 @@ def default() -> Iterator[Setting]:
     for env_id in ("Swimmer-v4", "Humanoid-v4"):
         survival = f" --survival-reward {survival_of(env_id):.6g} {SHORT}"
         yield Setting(env_id, DEFAULT)
-        yield Setting(env_id, SHORT_ROLLOUTS, SHORT)
+        yield from of_two_nats(env_id)
         if env_id == "Swimmer-v4":
             yield Setting(env_id, "Residual PPO, a budget of 1 nat", f"--budget 1 {SHORT}")
             yield by_actions(env_id)
@@ -96,7 +96,7 @@ def customisation() -> Iterator[Setting]:
     for env_id in ("HalfCheetah-v4", "Hopper-v4", "Ant-v4", "Walker2d-v4"):
         survival = f" --survival-reward {survival_of(env_id):.6g} {SHORT}"
         yield Setting(env_id, DEFAULT, LONG)
-        yield Setting(env_id, SHORT_ROLLOUTS, SHORT)
+        yield from of_two_nats(env_id)
         yield by_actions(env_id)
         for k in KL_WEIGHTS:  # its gain is not to be that of the survival reward
             yield Setting(env_id, f"KL PPO, ω′ = α̂ = {k:g} α, with c", weights(env_id, k, k) + survival)
@@ -114,6 +114,14 @@ def customisation() -> Iterator[Setting]:
         yield full(env_id)
 
 
+def of_two_nats(env_id: str) -> Iterator[Setting]:
+    """Former defaults: rollouts of 32 steps, and, where half a nat an action is less, a budget of 2 nats."""
+    budget = "--budget 2 " if env_id in FEW_ACTIONS else ""
+    if budget:
+        yield Setting(env_id, "Residual PPO, a budget of 2 nats", budget + LONG)
+    yield Setting(env_id, SHORT_ROLLOUTS, budget + SHORT)
+
+
 def by_actions(env_id: str) -> Setting:
     """A budget of 1.5 standard deviations of a Gaussian's log pi(a|s), which is sqrt(actions / 2) nats."""
     with safetensors.safe_open(ROOT / f"priors/{env_id}.safetensors", "numpy") as file:
@@ -129,9 +137,9 @@ def trained_further(env_id: str) -> Setting:
 
 
 def tasks() -> Iterator[Setting]:
-    """A second task of each environment, in the rollouts that were the default when these rows were run."""
+    """A second task of each environment, with default flags."""
     for env_id, task in SECOND_TASKS.items():
-        yield Setting(f"{env_id}-v4", task, f"--addon {task} {SHORT}")
+        yield Setting(f"{env_id}-v4", task, f"--addon {task}")
 
 
 def full(env_id: str) -> Setting:
@@ -238,6 +246,7 @@ DEFAULT = "Residual PPO, default"
 LONG = "--num-envs 16 --num-steps 128"  # the default's own, said since at the rows' commit it was SHORT
 SHORT = "--num-envs 64 --num-steps 32"  # the default's until then, with which most rows were run
 SHORT_ROLLOUTS = "Residual PPO, rollouts of 32 steps"
+FEW_ACTIONS = ("Hopper-v4", "Swimmer-v4")  # whose default budget is less than 2 nats
 BY_ACTIONS = "Residual PPO, a budget of 1.5 √(actions / 2)"
 OLDER = ("entropy", "clock", "soft-sac")  # tables with former reporting seeds, but for the rows of 3M steps
 KL_WEIGHTS = (1, 3, 8)  # of KL PPO, in units of the prior's alpha
@@ -262,7 +271,7 @@ class Args:
     table: tyro.conf.Positional[Literal[tuple(TABLES)]]
     """which table"""
     seeds: tuple[int, ...] | None = None
-    """if not given, those that the row reports: 206 to 210, of some 211 to 215 or 101 to 105; in tuning 21 and 22"""
+    """if not given, those that the row reports: 206 to 210, of some 211 to 220 or 101 to 105; in tuning 21 and 22"""
     env_ids: tuple[str, ...] = ()
     """only these environments; if not given, all of the table"""
     labels: tuple[str, ...] = ()
@@ -637,11 +646,15 @@ def choose(settings: list[Setting], field: str, given: tuple[str, ...]) -> list[
     return [setting for setting in settings if not given or getattr(setting, field) in given]
 
 
-def seeds_of(table: str, label: str) -> tuple[int, ...]:
-    """Those that a row is run with, if none are given: tuning seeds are never reporting seeds."""
+def seeds_of(table: str, env_id: str, label: str) -> tuple[int, ...]:
+    """Those that a row is run with, if none are given: tuning seeds are never reporting seeds.
+
+    Nor are those that report what a rule was chosen after: those of other budgets are fresh.
+    """
     if table == "entropy-tuning":
         return 21, 22
     first = 211 if label == BY_ACTIONS else 101 if table in OLDER and "3M steps" not in label else 206
+    first = 216 if label == DEFAULT and env_id in FEW_ACTIONS else first
     return tuple(range(first, first + 5))
 
 
@@ -691,7 +704,7 @@ def main(args: Args) -> None:
     settings = choose(choose(list(TABLES[args.table]()), "env_id", args.env_ids), "label", args.labels)
     if args.smoke:
         settings = [setting for setting in settings if setting.env_id == settings[0].env_id]
-    pairs = [[(x, seed) for seed in args.seeds or seeds_of(args.table, x.label)] for x in settings]
+    pairs = [[(x, seed) for seed in args.seeds or seeds_of(args.table, x.env_id, x.label)] for x in settings]
     wanted = [pair for column in zip(*pairs, strict=True) for pair in column]  # all rows' first seeds, then the next
     wanted = wanted[: len(settings)] if args.smoke else wanted
     out.mkdir(parents=True, exist_ok=True)

@@ -572,7 +572,7 @@ def test_run_interrupted_by_ctrl_c_tells_how_to_resume_and_does(tmp_path, pendul
     expected = {"omega": 0.5, "gamma": 0.9}
     expected |= {"survival_reward": float(read_policy(pendulum_prior)[1]["survival_reward"])}
     assert {name: args[name] for name in expected} == pytest.approx(expected)
-    assert (args["omega_prime"], args["alpha_hat"], args["budget"]) == (None, None, 2)
+    assert (args["omega_prime"], args["alpha_hat"], args["budget"]) == (None, None, 0.5)  # of one action
     assert args["hidden_sizes"] == [64, 64]
     assert {name for name in args if args[name] != resumed_args[name]} == {"resume", "prior"}
 

@@ -48,8 +48,8 @@ def test_no_run_is_counted_twice_and_all_are_of_reporting_seeds(name):
     rows = reproduce.read_rows(reproduce.RESULTS / f"{name}.csv")
     keys = [(row["env_id"], row["label"], row["seed"]) for row in rows]
     assert len(keys) == len(set(keys))
-    for _, label, seed in keys:  # so the command given again adds only what is missing, of the same kind
-        seeds = reproduce.seeds_of(name, label)
+    for env_id, label, seed in keys:  # so the command given again adds only what is missing, of the same kind
+        seeds = reproduce.seeds_of(name, env_id, label)
         assert int(seed) in seeds and ({21, 22}.isdisjoint(seeds) or "tuning" in name), (label, seed)
 
 

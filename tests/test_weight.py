@@ -229,7 +229,8 @@ def test_a_foreign_prior_needs_no_flags_and_a_resumed_run_keeps_weight_and_rate(
     assert rate[0] == pytest.approx(3e-5)
     assert rate[before] > 5 * rate[0]
     assert float(read_policy(run_dir / "policy.safetensors")[1]["alpha"]) == 0
-    assert json.loads((run_dir / "args.json").read_text())["args"]["jacobian"] is False
+    args = json.loads((run_dir / "args.json").read_text())["args"]
+    assert (args["jacobian"], args["budget"]) == (False, 2)  # of six actions
 
 
 def test_tanhs_jacobian_counts_where_the_prior_names_an_alpha(runs):
