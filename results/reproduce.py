@@ -554,11 +554,11 @@ def overview() -> str:
         groups: dict[str, list[dict[str, str]]] = {}
         for row in (row for row in rows if row["env_id"] == env_id and row["label"] != "Residual PPO, ω = 0.5"):
             groups.setdefault(row["label"], []).append(row)
-        if not groups:
+        if DEFAULT not in groups:
             continue
         kl = [runs for label, runs in groups.items() if label.startswith("KL PPO") and "with c" in label]
         best = max(kl, key=lambda runs: sum(sum(totals(runs, "policy"), [])) / len(runs), default=[])
-        known, ours = (groups.get(label, []) for label in ("prior trained further", DEFAULT))
+        known, ours = groups.get("prior trained further", []), groups[DEFAULT]
         found = [totals(ours, "prior"), totals(known, "policy"), totals(best, "policy"), totals(ours, "policy")]
         cells = [" / ".join(map(mean_and_interval, x)) if x[0] else "–" for x in found]
         cells[0] = " / ".join(f"{np.mean(x):.0f}" for x in found[0])  # of many evaluations of one policy
