@@ -815,8 +815,8 @@ def main(args: Args, open_run: Callable) -> None:
     prior, prior_info = load_policy(args.prior)
     constant = args.omega_prime is not None or args.omega == 0
     args = resolve_args(args, prior, prior_info, PPO_SCALES if constant else None)
-    own = {"budget": min(2.0, prior.actor.action_dim / 2), "jacobian": constant or args.prior_alpha > 0}
-    args = dataclasses.replace(args, **{name: x for name, x in own.items() if getattr(args, name) is None})
+    defaults = {"budget": min(2.0, prior.actor.action_dim / 2), "jacobian": constant or args.prior_alpha > 0}
+    args = dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
     simulator_of = partial(make_simulator, args.env_id, args.env_kwargs)
     simulator = simulator_of(env_seeds(args.seed, TRAINING, args.num_envs))
     task, actor = ADDON_TASKS[args.addon]._replace(coef=args.addon_coef), prior.actor
