@@ -108,7 +108,7 @@ def customisation() -> Iterator[Setting]:
         for k in KL_WEIGHTS:
             flags = f"{weights(env_id, k, 1 / 3)} {SHORT}"
             yield Setting(env_id, f"Residual PPO, plain, ω′ = {k:g} α, α̂ = α / 3", flags)
-        yield trained_further(env_id)
+        yield from trained_further(env_id)
         yield Setting(env_id, "Greedy PPO", f"{weights(env_id, 0, 1 / 3)} {SHORT}")
         for k in KL_WEIGHTS:
             yield Setting(env_id, f"KL PPO, ω′ = α̂ = {k:g} α", f"{weights(env_id, k, k)} {SHORT}")
@@ -130,11 +130,12 @@ def by_actions(env_id: str) -> Setting:
     return Setting(env_id, BY_ACTIONS, f"--budget {budget:.6g} {SHORT}")
 
 
-def trained_further(env_id: str) -> Setting:
-    """What one does who knows the basic reward: train the prior on, on both rewards."""
+def trained_further(env_id: str) -> Iterator[Setting]:
+    """What one does who knows the basic reward: train the prior on, on both rewards; in either shape of rollouts."""
     flags = f"--init-from priors/{env_id}.safetensors --addon {ADDONS[env_id.removesuffix('-v4')]}"
     flags += f" --alpha {alpha_of(env_id):g} --gamma 0.99 --total-timesteps 500000"  # the prior's
-    return Setting(env_id, "prior trained further", flags, "soft_ppo")
+    yield Setting(env_id, "prior trained further", flags, "soft_ppo")
+    yield Setting(env_id, "prior trained further, 128 steps", f"{flags} {LONG}", "soft_ppo")
 
 
 def tasks() -> Iterator[Setting]:
@@ -557,10 +558,11 @@ def overview() -> str:
             groups.setdefault(row["label"], []).append(row)
         if DEFAULT not in groups:
             continue
+        further = [runs for label, runs in groups.items() if label.startswith("prior trained further")]
         kl = [runs for label, runs in groups.items() if label.startswith("KL PPO") and "with c" in label]
-        best = max(kl, key=lambda runs: sum(sum(totals(runs, "policy"), [])) / len(runs), default=[])
-        known, ours = groups.get("prior trained further", []), groups[DEFAULT]
-        found = [totals(ours, "prior"), totals(known, "policy"), totals(best, "policy"), totals(ours, "policy")]
+        best = [max(x, key=lambda runs: np.mean(totals(runs, "policy")), default=[]) for x in (further, kl)]
+        ours = groups[DEFAULT]
+        found = [totals(ours, "prior"), *(totals(runs, "policy") for runs in (*best, ours))]
         cells = [" / ".join(map(mean_and_interval, x)) if x[0] else "–" for x in found]
         cells[0] = " / ".join(f"{np.mean(x):.0f}" for x in found[0])  # of many evaluations of one policy
         lines.append(f"| {env_id.removesuffix('-v4')} | {' | '.join(cells)} |")
