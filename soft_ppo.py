@@ -1101,7 +1101,10 @@ class Run(contextlib.AbstractContextManager):
         statistics = {"mean": np.mean, "std": np.std, "episodes": np.ndarray.tolist}
         content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
         write_atomic(self.folder / "eval.json", json.dumps(content, indent=1).encode())
-        CONSOLE.print(results_table(quantity, results))
+        table = results_table(quantity, results)
+        if table.caption and getattr(self.args, "num_evals", 0) == 1:
+            table.caption += "; --num-evals 10 keeps the best policy of the run"
+        CONSOLE.print(table)
         where, here = shlex.quote(str(self.folder)), Path(__file__).resolve().parent
         player = next((path for path in (here / "enjoy.py", here.parent / "enjoy.py") if path.exists()), "enjoy.py")
         watch = f"python {shlex.quote(os.path.relpath(player))} {where} --window"

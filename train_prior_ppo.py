@@ -734,20 +734,12 @@ def main(args: Args, open_run: Callable) -> None:
     eval_env = make_env(make_simulator(args.env_id, args.env_kwargs, seeds), NO_ADDON, args.squash)
     actor = Actor(len(simulator.low), args.hidden_sizes, args.activation, args.state_dependent_std, args.squash)
     state = init_state(args, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS))
-    eval_iterations = {round(num_iterations(args) * (i + 1) / args.num_evals) for i in range(args.num_evals)}
     loss = partial(entropy_bonus_loss, ent_coef=args.ent_coef) if args.ent_coef else ppo_loss
     with open_run(args, simulator, NO_ADDON, state) as run:
-        best = Snapshot(run, eval_env, args)
-
-        def log(iteration, state, metrics):
-            run.write(iteration, state, metrics)
-            if iteration in eval_iterations:
-                best.offer(state.policy)
-
-        if int(jax.device_get(run.state.iteration)) in eval_iterations:  # a run that is resumed may have ended before
-            best.offer(run.state.policy)
+        best = Snapshot(run, partial(evaluate, eval_env, omega=1.0, seed=args.seed), args, args.alpha)
         env = make_env(simulator, NO_ADDON, args.squash)
-        train(env, partial(soft_update, loss, 1.0, args.alpha, args), args, run.state, log)
+        update = partial(soft_update, loss, 1.0, args.alpha, args)
+        train(env, update, args, run.state, partial(best.log, run.write))
     results = evaluate(eval_env, {"prior": best.policy}, 1.0, args.seed + 1)  # other episodes than it was chosen by
     run.save_policy(best.policy, args.alpha, results["prior"])
     publish(run.folder / "policy.safetensors", args.export)
@@ -755,20 +747,29 @@ def main(args: Args, open_run: Callable) -> None:
 
 
 class Snapshot:
-    """The policy with the best mean return of sampled actions so far, also in the run's folder."""
+    """The policy with the best mean objective of sampled actions so far, also in the run's folder."""
 
-    def __init__(self, run: Any, env: Env, args: Args):
-        """Begin with the run's, if it has one."""
-        self.run, self.env, self.args, self.policy, self.score = run, env, args, None, -np.inf
+    def __init__(self, run: Any, play: Callable, args: Args, alpha: float):
+        """Begin with the run's, if it has one; play is evaluate, of policies alone, whose temperature is alpha."""
+        self.run, self.play, self.alpha, self.policy, self.score = run, play, alpha, None, -np.inf
+        self.due = {round(num_iterations(args) * (i + 1) / args.num_evals) for i in range(args.num_evals)}
         if (path := run.folder / "policy.safetensors").exists():
             self.offer(load_policy(path)[0])
+        if int(jax.device_get(run.state.iteration)) in self.due:  # a run that is resumed may have ended before this
+            self.offer(run.state.policy)
+
+    def log(self, log: Callable, iteration: int, state: Any, metrics: Metrics) -> None:
+        """Log an iteration, and take its policy if an evaluation is due and finds it better."""
+        log(iteration, state, metrics)
+        if iteration in self.due:
+            self.offer(state.policy)
 
     def offer(self, policy: Policy) -> None:
         """Take a policy if it is better."""
-        results = evaluate(self.env, {"prior": policy}, 1.0, self.args.seed)["prior"]
-        if results["stochastic"]["basic"].mean() > self.score:
-            self.policy, self.score = policy, results["stochastic"]["basic"].mean()
-            self.run.save_policy(policy, self.args.alpha, results)
+        results = self.play({"policy": policy})["policy"]
+        if results["stochastic"]["objective"].mean() > self.score:
+            self.policy, self.score = policy, results["stochastic"]["objective"].mean()
+            self.run.save_policy(policy, self.alpha, results)
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -1104,7 +1105,10 @@ class Run(contextlib.AbstractContextManager):
         statistics = {"mean": np.mean, "std": np.std, "episodes": np.ndarray.tolist}
         content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
         write_atomic(self.folder / "eval.json", json.dumps(content, indent=1).encode())
-        CONSOLE.print(results_table(quantity, results))
+        table = results_table(quantity, results)
+        if table.caption and getattr(self.args, "num_evals", 0) == 1:
+            table.caption += "; --num-evals 10 keeps the best policy of the run"
+        CONSOLE.print(table)
         where, here = shlex.quote(str(self.folder)), Path(__file__).resolve().parent
         player = next((path for path in (here / "enjoy.py", here.parent / "enjoy.py") if path.exists()), "enjoy.py")
         watch = f"python {shlex.quote(os.path.relpath(player))} {where} --window"

@@ -83,6 +83,8 @@ class Args:
     """the team of --track"""
     eval_episodes: int = 20
     """episodes of an evaluation, with sampled and again with deterministic actions"""
+    num_evals: int = 1
+    """evaluations during training, of which the policy with the best objective is kept, or the prior; 1: the last is"""
 
     # environment and task
     env_id: str = "HalfCheetah-v4"
@@ -763,11 +765,43 @@ def main(args: Args, open_run: Callable) -> None:
     with open_run(args, simulator, task, state) as run:
         results = play({"prior": prior})
         log = partial(log_kept, run.write, results["prior"]["stochastic"]["basic"].mean())
+        if args.num_evals > 1:
+            env = make_env(simulator_of(seeds), task, actor.squash)
+            best = Snapshot(run, partial(evaluate, env, omega=args.omega, seed=args.seed + 1), args, args.alpha_hat)
+            best.offer(prior)
+            log = partial(best.log, log)
         update = partial(residual_sac_update, args, jax.device_put(prior, jax.devices()[0]))
         state = train_off_policy(make_env(simulator, task, actor.squash), update, args, run.state, log)
-    results |= play({"customised": state.policy})
-    run.save_policy(state.policy, args.alpha_hat, results["customised"])
+    policy = best.policy if args.num_evals > 1 else state.policy
+    results |= play({"customised": policy})
+    run.save_policy(policy, args.alpha_hat, results["customised"])
     run.finish(task.label, results)
+
+
+class Snapshot:
+    """The policy with the best mean objective of sampled actions so far, also in the run's folder."""
+
+    def __init__(self, run: Any, play: Callable, args: Args, alpha: float):
+        """Begin with the run's, if it has one; play is evaluate, of policies alone, whose temperature is alpha."""
+        self.run, self.play, self.alpha, self.policy, self.score = run, play, alpha, None, -np.inf
+        self.due = {round(num_iterations(args) * (i + 1) / args.num_evals) for i in range(args.num_evals)}
+        if (path := run.folder / "policy.safetensors").exists():
+            self.offer(load_policy(path)[0])
+        if int(jax.device_get(run.state.iteration)) in self.due:  # a run that is resumed may have ended before this
+            self.offer(run.state.policy)
+
+    def log(self, log: Callable, iteration: int, state: Any, metrics: Metrics) -> None:
+        """Log an iteration, and take its policy if an evaluation is due and finds it better."""
+        log(iteration, state, metrics)
+        if iteration in self.due:
+            self.offer(state.policy)
+
+    def offer(self, policy: Policy) -> None:
+        """Take a policy if it is better."""
+        results = self.play({"policy": policy})["policy"]
+        if results["stochastic"]["objective"].mean() > self.score:
+            self.policy, self.score = policy, results["stochastic"]["objective"].mean()
+            self.run.save_policy(policy, self.alpha, results)
 
 
 SAC_SCALES = 3, 1  # by default omega' = 3 omega alpha, alpha_hat = alpha
@@ -1115,7 +1149,10 @@ class Run(contextlib.AbstractContextManager):
         statistics = {"mean": np.mean, "std": np.std, "episodes": np.ndarray.tolist}
         content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
         write_atomic(self.folder / "eval.json", json.dumps(content, indent=1).encode())
-        CONSOLE.print(results_table(quantity, results))
+        table = results_table(quantity, results)
+        if table.caption and getattr(self.args, "num_evals", 0) == 1:
+            table.caption += "; --num-evals 10 keeps the best policy of the run"
+        CONSOLE.print(table)
         where, here = shlex.quote(str(self.folder)), Path(__file__).resolve().parent
         player = next((path for path in (here / "enjoy.py", here.parent / "enjoy.py") if path.exists()), "enjoy.py")
         watch = f"python {shlex.quote(os.path.relpath(player))} {where} --window"

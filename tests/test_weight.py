@@ -11,7 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import Fork, read_metrics, read_policy, run_script, wait_for_rows, write_policy
+from conftest import (
+    ROOT,
+    SAC_SHORT,
+    SHORT,
+    Fork,
+    read_metrics,
+    read_policy,
+    run_in,
+    run_script,
+    wait_for_rows,
+    write_policy,
+)
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import brentq
 
@@ -247,3 +258,45 @@ def test_a_prior_that_is_lost_is_said_with_the_flag_that_keeps_it(before, after,
     table = residual_ppo.results_table("x", {"prior": evaluation(before), "customised": evaluation(after)})
     assert ("--omega" in (table.caption or "")) == said
     assert residual_ppo.results_table("x", {"policy": evaluation(after)}).caption is None
+
+
+RUIN = {  # a prior that balances, with a policy's rate at which nothing stays
+    "residual_ppo": (*SHORT, "--omega-prime", 0, "--alpha-hat", 0.1, "--learning-rate", 1, "--desired-kl", 0),
+    "residual_sac": (*SAC_SHORT, "--updates-per-step", 0.25, "--policy-lr", 1),
+}
+
+
+@pytest.mark.parametrize("script", RUIN)
+def test_of_a_run_that_ruins_the_prior_the_prior_is_kept_if_evaluations_are_asked_for(script, tmp_path):
+    flags = ("--env-id", "Hopper-v4", "--prior", ROOT / "priors" / "Hopper-v4.safetensors", *RUIN[script])
+    last, kept = (run_in(tmp_path / n, script, *flags, "--num-evals", n) for n in ("1", "2"))
+    prior = read_policy(last.folder / "prior.safetensors")[0]
+    for run, same in ((last, False), (kept, True)):
+        policy = read_policy(run.folder / "policy.safetensors")[0]
+        assert all(np.array_equal(policy[name], prior[name]) for name in prior) == same
+        results = json.loads((run.folder / "eval.json").read_text())
+        assert (results["prior"] == results["customised"]) == same
+        assert ("--num-evals 10 keeps the best policy of the run" in run.process.stdout) != same
+    ends = (read_metrics(run.folder)[-1]["entropy"] for run in (last, kept))
+    assert len(set(ends)) == 1  # what is evaluated on the way changes nothing of the training
+
+
+@pytest.mark.parametrize("done", [0, 4])
+def test_the_best_of_what_is_evaluated_is_kept(done, tmp_path):
+    """Evaluated are what is offered and the policies after iterations 2 and 4 of four, which are numbers here."""
+    played, saved = [], []
+
+    def play(policies):
+        played.append(policies["policy"])
+        return {"policy": {"stochastic": {"objective": np.array([-1, 1]) - (policies["policy"] - 2.2) ** 2}}}
+
+    args = residual_ppo.Args(num_envs=2, num_steps=5, total_timesteps=49, num_evals=2)
+    state = SimpleNamespace(iteration=np.int32(done), policy=done)
+    run = SimpleNamespace(folder=tmp_path, state=state, save_policy=lambda policy, *_: saved.append(policy))
+    best, logged = residual_ppo.Snapshot(run, play, args, 0.1), []
+    assert played == ([4] if done else [])
+    best.offer(0)
+    for iteration in range(1, 5):
+        best.log(lambda i, *_: logged.append(i), iteration, SimpleNamespace(policy=iteration), {})
+    assert (played[-3:], logged) == ([0, 2, 4], [1, 2, 3, 4])
+    assert (best.policy, saved) == (2, [4, 2] if done else [0, 2])
