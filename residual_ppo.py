@@ -116,7 +116,7 @@ class Args:
     alpha_hat: float | None = None
     """constant temperature, reward per nat; if not given, omega' / 3 falling to 0, or alpha / 3 with --omega-prime"""
     survival_reward: float | None = None
-    """reward per step, times omega, that an end forgoes; if not given, the prior's file's; 0: the paper's objective"""
+    """reward per step, times omega, that an end forgoes; if not given, its file's or measured; 0: the paper's"""
     jacobian: bool | None = None
     """tanh's Jacobian counts in both log-probabilities; if not given, unless a budget holds a prior without alpha"""
     init_from_prior: bool = True
@@ -784,7 +784,8 @@ def residual_update(
         following = dual_step(multiplier, shift, args.budget / args.omega, start)
         state = state.replace(multiplier=jnp.stack([following, start]))
     metrics |= {"kl_to_prior": masked_mean(log_prob - prior_log_prob, valid), "mean_shift": shift}
-    metrics |= {"omega_prime": jnp.float32(omega_prime), "alpha_hat": jnp.float32(alpha_hat)}
+    weights = {"omega_prime": omega_prime, "alpha_hat": alpha_hat, "survival_reward": args.survival_reward}
+    metrics |= {name: jnp.float32(x) for name, x in weights.items()}
     return state, {"entropy": -masked_mean(log_prob, valid)} | metrics
 
 
@@ -835,6 +836,10 @@ def main(args: Args, open_run: Callable) -> None:
 
     with open_run(args, simulator, task, state) as run:
         results = play({"prior": prior})
+        if args.survival_reward is None:  # nor does the prior's file say it
+            env = make_env(simulator_of(seeds), task, actor.squash)
+            c = measured_survival_reward(env, prior, args.prior_alpha, args.seed)
+            args = dataclasses.replace(args, survival_reward=c)
         log = partial(log_kept, run.write, results["prior"]["stochastic"]["basic"].mean())
         if args.num_evals > 1:
             env = make_env(simulator_of(seeds), task, actor.squash)
@@ -875,6 +880,18 @@ class Snapshot:
             self.run.save_policy(policy, self.alpha, results)
 
 
+def measured_survival_reward(env: Env, prior: Policy, alpha: float, seed: int) -> float:
+    """c = mean r - alpha mean log pi over 1000 steps of the prior in each environment, but at least 0.
+
+    Without steps that terminate: what they pay, as where they reach a goal, is not what living on would pay.
+    """
+    policy, key = jax.device_put((prior, seed_words(seed, PLAY)), env.device)
+    _, transitions = rollout(env, 1000, policy, env.reset(), key)
+    log_prob = policy_log_prob(policy, transitions.obs[:-1], transitions.action)
+    lasting = transitions.valid & ~transitions.terminated
+    return max(0.0, float(masked_mean(transitions.basic_reward - alpha * log_prob, lasting)))
+
+
 PPO_SCALES = 3, 1 / 3  # omega' = 3 omega alpha, alpha_hat = alpha / 3 where they are constants that are not given
 
 
@@ -886,14 +903,14 @@ def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: 
     scales the run finds both by itself, and they stay None here.
     """
     alpha = float(prior_info.get("alpha", 0)) if args.prior_alpha is None else args.prior_alpha
-    plain = args.omega_prime is not None
+    plain, known = args.omega_prime is not None, prior_info.get("survival_reward")
     if alpha == 0 and scales and None in (args.omega_prime, args.alpha_hat):
         raise StopRun("no alpha above 0 is known of the prior; give --prior-alpha, or --omega-prime and --alpha-hat")
     defaults = {
         "prior_alpha": alpha,
         "omega_prime": scales and scales[0] * args.omega * alpha,
         "alpha_hat": scales and scales[1] * alpha,
-        "survival_reward": 0.0 if plain else float(prior_info.get("survival_reward", 0)),
+        "survival_reward": 0.0 if plain or args.gamma == 1 else known and float(known),
         "gamma": min(0.99, float(prior_info.get("gamma", 0.99))),  # a fresh critic learns no longer horizon in time
         "hidden_sizes": prior.actor.hidden_sizes,
     }
@@ -1338,8 +1355,8 @@ def find_prior(args: Args) -> Args:
     gamma = float(info.get("gamma", 0.99))
     if gamma != (args.gamma or min(0.99, gamma)):
         CONSOLE.print("note     gamma is not the prior's: log pi stands for its reward only roughly")
-    if "survival_reward" not in info and not args.survival_reward:
-        CONSOLE.print("note     the prior's file names no survival reward; what a fall costs is not known")
+    if "survival_reward" not in info and args.survival_reward is args.omega_prime is None:
+        CONSOLE.print("note     the prior's file names no survival reward, which is measured of the prior's own steps")
     return dataclasses.replace(args, prior=path)
 
 

@@ -112,7 +112,7 @@ class Args:
     alpha_hat: float | None = None
     """temperature of the customised policy, in units of reward per nat; if not given, the prior's alpha"""
     survival_reward: float | None = None
-    """reward per step, times omega, that an end forgoes; if not given, the prior's file's; 0: the paper's objective"""
+    """reward per step, times omega, that an end forgoes; if not given, its file's or measured; 0: the paper's"""
     init_from_prior: bool = True
     """start as the prior, whose frozen normaliser is kept; the critic starts fresh in any case"""
     hidden_sizes: tuple[int, ...] | None = None
@@ -708,6 +708,7 @@ def residual_sac_update(
     state, metrics = learn(partial(gradient_step, value, args), args, state, buffer, key)
     kl_to_prior = masked_mean(log_prob - policy_log_prob(prior, obs, action), valid)
     metrics |= {"kl_to_prior": kl_to_prior, "entropy": -masked_mean(log_prob, valid)}
+    metrics |= {"survival_reward": jnp.float32(args.survival_reward)}
     metrics |= {"basic_reward": masked_mean(transitions.basic_reward, valid)}
     return state, buffer, metrics | {"addon_reward": masked_mean(transitions.addon_reward, valid)}
 
@@ -764,6 +765,10 @@ def main(args: Args, open_run: Callable) -> None:
 
     with open_run(args, simulator, task, state) as run:
         results = play({"prior": prior})
+        if args.survival_reward is None:  # nor does the prior's file say it
+            env = make_env(simulator_of(seeds), task, actor.squash)
+            c = measured_survival_reward(env, prior, args.prior_alpha, args.seed)
+            args = dataclasses.replace(args, survival_reward=c)
         log = partial(log_kept, run.write, results["prior"]["stochastic"]["basic"].mean())
         if args.num_evals > 1:
             env = make_env(simulator_of(seeds), task, actor.squash)
@@ -804,6 +809,18 @@ class Snapshot:
             self.run.save_policy(policy, self.alpha, results)
 
 
+def measured_survival_reward(env: Env, prior: Policy, alpha: float, seed: int) -> float:
+    """c = mean r - alpha mean log pi over 1000 steps of the prior in each environment, but at least 0.
+
+    Without steps that terminate: what they pay, as where they reach a goal, is not what living on would pay.
+    """
+    policy, key = jax.device_put((prior, seed_words(seed, PLAY)), env.device)
+    _, transitions = rollout(env, 1000, policy, env.reset(), key)
+    log_prob = policy_log_prob(policy, transitions.obs[:-1], transitions.action)
+    lasting = transitions.valid & ~transitions.terminated
+    return max(0.0, float(masked_mean(transitions.basic_reward - alpha * log_prob, lasting)))
+
+
 SAC_SCALES = 3, 1  # by default omega' = 3 omega alpha, alpha_hat = alpha
 
 
@@ -815,14 +832,14 @@ def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: 
     scales the run finds both by itself, and they stay None here.
     """
     alpha = float(prior_info.get("alpha", 0)) if args.prior_alpha is None else args.prior_alpha
-    plain = args.omega_prime is not None
+    plain, known = args.omega_prime is not None, prior_info.get("survival_reward")
     if alpha == 0 and scales and None in (args.omega_prime, args.alpha_hat):
         raise StopRun("no alpha above 0 is known of the prior; give --prior-alpha, or --omega-prime and --alpha-hat")
     defaults = {
         "prior_alpha": alpha,
         "omega_prime": scales and scales[0] * args.omega * alpha,
         "alpha_hat": scales and scales[1] * alpha,
-        "survival_reward": 0.0 if plain else float(prior_info.get("survival_reward", 0)),
+        "survival_reward": 0.0 if plain or args.gamma == 1 else known and float(known),
         "gamma": min(0.99, float(prior_info.get("gamma", 0.99))),  # a fresh critic learns no longer horizon in time
         "hidden_sizes": prior.actor.hidden_sizes,
     }
@@ -1267,8 +1284,8 @@ def find_prior(args: Args) -> Args:
     gamma = float(info.get("gamma", 0.99))
     if gamma != (args.gamma or min(0.99, gamma)):
         CONSOLE.print("note     gamma is not the prior's: log pi stands for its reward only roughly")
-    if "survival_reward" not in info and not args.survival_reward:
-        CONSOLE.print("note     the prior's file names no survival reward; what a fall costs is not known")
+    if "survival_reward" not in info and args.survival_reward is args.omega_prime is None:
+        CONSOLE.print("note     the prior's file names no survival reward, which is measured of the prior's own steps")
     return dataclasses.replace(args, prior=path)
 
 
