@@ -116,7 +116,7 @@ class Args:
     alpha_hat: float | None = None
     """constant temperature, reward per nat; if not given, omega' / 3 falling to 0, or alpha / 3 with --omega-prime"""
     survival_reward: float | None = None
-    """reward per step, times omega, that an end forgoes; if not given, its file's or measured; 0: the paper's"""
+    """reward per step, times omega, that an end forgoes; if not given, of the prior's file, or measured; 0: none"""
     jacobian: bool | None = None
     """tanh's Jacobian counts in both log-probabilities; if not given, unless a budget holds a prior without alpha"""
     init_from_prior: bool = True

@@ -112,7 +112,7 @@ class Args:
     alpha_hat: float | None = None
     """temperature of the customised policy, in units of reward per nat; if not given, the prior's alpha"""
     survival_reward: float | None = None
-    """reward per step, times omega, that an end forgoes; if not given, its file's or measured; 0: the paper's"""
+    """reward per step, times omega, that an end forgoes; if not given, of the prior's file, or measured; 0: none"""
     init_from_prior: bool = True
     """start as the prior, whose frozen normaliser is kept; the critic starts fresh in any case"""
     hidden_sizes: tuple[int, ...] | None = None

@@ -300,3 +300,23 @@ def test_the_best_of_what_is_evaluated_is_kept(done, tmp_path):
         best.log(lambda i, *_: logged.append(i), iteration, SimpleNamespace(policy=iteration), {})
     assert (played[-3:], logged) == ([0, 2, 4], [1, 2, 3, 4])
     assert (best.policy, saved) == (2, [4, 2] if done else [0, 2])
+
+
+@pytest.mark.parametrize(("env_id", "known"), [("Hopper-v4", "survival_reward"), ("MountainCarContinuous-v0", None)])
+def test_survival_reward_is_measured_as_its_training_found_it_and_a_goal_is_no_fall(env_id, known):
+    """The mountain car's mean reward is 1.3 a step, all of it paid at the goal."""
+    prior, info = residual_ppo.load_policy(ROOT / "priors" / f"{env_id}.safetensors")
+    simulator = residual_ppo.make_simulator(env_id, "{}", residual_ppo.env_seeds(3, residual_ppo.EVALUATION, 20))
+    env = residual_ppo.make_env(simulator, residual_ppo.ADDON_TASKS["none"], prior.actor.squash)
+    found = residual_ppo.measured_survival_reward(env, prior, float(info["alpha"]), 3)
+    assert found == (pytest.approx(float(info[known]), abs=0.05) if known else 0)
+
+
+def test_a_prior_that_names_no_survival_reward_gets_what_its_steps_are_worth(tmp_path, runs, pendulum_prior):
+    """A step of the pendulum is worth 1, and no alpha says that log pi has a part of it; constants are the paper's."""
+    foreign = write_policy(tmp_path / "foreign.safetensors", pendulum_prior, alpha=None, survival_reward=None)
+    flags = ("--env-id", "InvertedPendulum-v4", *SHORT, "--addon", "none", "--prior", foreign)
+    run = run_in(tmp_path / "run", "residual_ppo", *flags)
+    assert "no survival reward, which is measured" in run.process.stdout
+    for folder, expected in ((run.folder, 1), (runs["residual_ppo plain"].folder, 0)):
+        assert {float(row["survival_reward"]) for row in read_metrics(folder)} == {expected}
