@@ -1104,6 +1104,8 @@ class Run(contextlib.AbstractContextManager):
         table = results_table(quantity, results)
         if table.caption and getattr(self.args, "num_evals", 0) == 1:
             table.caption += "; --num-evals 10 keeps the best policy of the run"
+        if "prior" in content and content["prior"] == content.get("customised"):
+            table.caption = "no policy of the run is better than the prior, which is kept"
         CONSOLE.print(table)
         where, here = shlex.quote(str(self.folder)), Path(__file__).resolve().parent
         player = next((path for path in (here / "enjoy.py", here.parent / "enjoy.py") if path.exists()), "enjoy.py")

@@ -277,6 +277,7 @@ def test_of_a_run_that_ruins_the_prior_the_prior_is_kept_if_evaluations_are_aske
         results = json.loads((run.folder / "eval.json").read_text())
         assert (results["prior"] == results["customised"]) == same
         assert ("--num-evals 10 keeps the best policy of the run" in run.process.stdout) != same
+        assert ("no policy of the run is better than the prior, which is kept" in run.process.stdout) == same
     ends = (read_metrics(run.folder)[-1]["entropy"] for run in (last, kept))
     assert len(set(ends)) == 1  # what is evaluated on the way changes nothing of the training
 
