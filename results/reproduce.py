@@ -83,8 +83,8 @@ def default() -> Iterator[Setting]:
     for env_id in ("Swimmer-v4", "Humanoid-v4"):
         survival = f" --survival-reward {survival_of(env_id):.6g} {SHORT}"
         yield Setting(env_id, DEFAULT)
-        yield from of_two_nats(env_id)
         if env_id == "Swimmer-v4":
+            yield from of_two_nats(env_id)
             yield Setting(env_id, "Residual PPO, a budget of 1 nat", f"--budget 1 {SHORT}")
             yield by_actions(env_id)
         yield Setting(env_id, "KL PPO, ω′ = α̂ = 3 α, with c", weights(env_id, 3, 3) + survival)
