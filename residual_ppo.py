@@ -910,7 +910,7 @@ def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: 
         "prior_alpha": alpha,
         "omega_prime": scales and scales[0] * args.omega * alpha,
         "alpha_hat": scales and scales[1] * alpha,
-        "survival_reward": 0.0 if plain or args.gamma == 1 else known and float(known),
+        "survival_reward": 0.0 if plain or (args.gamma == 1 and not known) else known and float(known),
         "gamma": min(0.99, float(prior_info.get("gamma", 0.99))),  # a fresh critic learns no longer horizon in time
         "hidden_sizes": prior.actor.hidden_sizes,
     }

@@ -64,9 +64,9 @@ def watched(function, name, where):
 def guarded(function):
     """A function during which nothing moves without a word."""
 
-    def call(*inputs):
+    def call(*inputs, **options):
         with jax.transfer_guard("disallow"):
-            return function(*inputs)
+            return function(*inputs, **options)
 
     return call
 
