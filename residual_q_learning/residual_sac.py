@@ -760,25 +760,24 @@ def main(args: Args, open_run: Callable) -> None:
         state = state.replace(params=state.params | {"actor": prior.params}, obs_stats=prior.obs_stats)
     seeds = np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), len(ACTIONS))
 
-    def play(policies):  # each in environments of its own, which start alike
-        return evaluate(make_env(simulator_of(seeds), task, actor.squash), policies, args.omega, args.seed)
+    def eval_env():  # new environments, which start alike
+        return make_env(simulator_of(seeds), task, actor.squash)
 
     with open_run(args, simulator, task, state) as run:
-        results = play({"prior": prior})
+        results = evaluate(eval_env(), {"prior": prior}, args.omega, args.seed)
         if args.survival_reward is None:  # nor does the prior's file say it
-            env = make_env(simulator_of(seeds), task, actor.squash)
-            c = measured_survival_reward(env, prior, args.prior_alpha, args.seed)
+            c = measured_survival_reward(eval_env(), prior, args.prior_alpha, args.seed)
             args = dataclasses.replace(args, survival_reward=c)
         log = partial(log_kept, run.write, results["prior"]["stochastic"]["basic"].mean())
         if args.num_evals > 1:
-            env = make_env(simulator_of(seeds), task, actor.squash)
-            best = Snapshot(run, partial(evaluate, env, omega=args.omega, seed=args.seed + 1), args, args.alpha_hat)
+            play = partial(evaluate, eval_env(), omega=args.omega, seed=args.seed + 1)  # other noise than at the end
+            best = Snapshot(run, play, args, args.alpha_hat)
             best.offer(prior)
             log = partial(best.log, log)
         update = partial(residual_sac_update, args, jax.device_put(prior, jax.devices()[0]))
         state = train_off_policy(make_env(simulator, task, actor.squash), update, args, run.state, log)
     policy = best.policy if args.num_evals > 1 else state.policy
-    results |= play({"customised": policy})
+    results |= evaluate(eval_env(), {"customised": policy}, args.omega, args.seed)
     run.save_policy(policy, args.alpha_hat, results["customised"])
     run.finish(task.label, results)
 
