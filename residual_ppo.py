@@ -843,11 +843,11 @@ def main(args: Args, open_run: Callable) -> None:
         if args.num_evals > 1:
             play = partial(evaluate, eval_env(), omega=args.omega, seed=args.seed + 1)  # other noise than at the end
             best = Snapshot(run, play, args, alpha)
-            best.offer(prior)
+            best.offer(prior, args.prior_alpha)
             log = partial(best.log, log)
         update = partial(residual_update, args, jax.device_put(prior, across_devices(P())))
         state = train(make_env(simulator, task, actor.squash), update, args, run.state, log)
-    policy = best.policy if args.num_evals > 1 else state.policy
+    policy, alpha = (best.policy, best.alpha) if args.num_evals > 1 else (state.policy, alpha)
     results |= evaluate(eval_env(), {"customised": policy}, args.omega, args.seed)
     run.save_policy(policy, alpha, results["customised"])
     run.finish(task.label, results)
@@ -857,26 +857,27 @@ class Snapshot:
     """The policy with the best mean objective of sampled actions so far, also in the run's folder."""
 
     def __init__(self, run: Any, play: Callable, args: Args, alpha: float):
-        """Begin with the run's, if it has one; play is evaluate, of policies alone, whose temperature is alpha."""
-        self.run, self.play, self.alpha, self.policy, self.score = run, play, alpha, None, -np.inf
+        """Begin with what the run's folder has; play is evaluate, of policies alone; alpha is the run's temperature."""
+        self.run, self.play, self.run_alpha, self.score = run, play, alpha, -np.inf
         self.due = {round(num_iterations(args) * (i + 1) / args.num_evals) for i in range(args.num_evals)}
         if (path := run.folder / "policy.safetensors").exists():
-            self.offer(load_policy(path)[0])
+            policy, metadata = load_policy(path)
+            self.offer(policy, float(metadata["alpha"]))
         if int(jax.device_get(run.state.iteration)) in self.due:  # a run that is resumed may have ended before this
-            self.offer(run.state.policy)
+            self.offer(run.state.policy, alpha)
 
     def log(self, log: Callable, iteration: int, state: Any, metrics: Metrics) -> None:
         """Log an iteration, and take its policy if an evaluation is due and finds it better."""
         log(iteration, state, metrics)
         if iteration in self.due:
-            self.offer(state.policy)
+            self.offer(state.policy, self.run_alpha)
 
-    def offer(self, policy: Policy) -> None:
-        """Take a policy if it is better."""
+    def offer(self, policy: Policy, alpha: float) -> None:
+        """Take a policy, of temperature alpha, if it is better."""
         results = self.play({"policy": policy})["policy"]
         if results["stochastic"]["objective"].mean() > self.score:
-            self.policy, self.score = policy, results["stochastic"]["objective"].mean()
-            self.run.save_policy(policy, self.alpha, results)
+            self.policy, self.alpha, self.score = policy, alpha, results["stochastic"]["objective"].mean()
+            self.run.save_policy(policy, alpha, results)
 
 
 def measured_survival_reward(env: Env, prior: Policy, alpha: float, seed: int) -> float:
@@ -1122,11 +1123,11 @@ class Run(contextlib.AbstractContextManager):
         check_simulator(args, simulator, task, state)
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}".replace("/", "-")
         self.folder, self.args = args.resume or args.runs_dir / name, args
-        self.simulator, self.label = simulator.version, task.label
+        self.about, self.label = provenance(args, simulator.version), task.label
         if args.track:
             start_tracking(args, self.folder.name)
         if not args.resume:
-            make_folder(self.folder, args, provenance(args, simulator.version))
+            make_folder(self.folder, args, self.about)
         try:
             lock = os.open(self.folder / "args.json", os.O_RDWR)  # NFS locks only what is open for writing
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1227,8 +1228,7 @@ class Run(contextlib.AbstractContextManager):
 
     def save_policy(self, policy: Policy, alpha: float, results: dict[str, dict]) -> None:
         """Write the policy file, with alpha and evaluate's results for this policy."""
-        data = policy_bytes(policy, self.args, alpha, results, provenance(self.args, self.simulator))
-        write_atomic(self.folder / "policy.safetensors", data)
+        write_atomic(self.folder / "policy.safetensors", policy_bytes(policy, self.args, alpha, results, self.about))
 
     def finish(self, quantity: str, results: Results) -> None:
         """Draw, and write the evaluation, with which the run counts as complete; then show it."""

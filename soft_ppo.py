@@ -987,11 +987,11 @@ class Run(contextlib.AbstractContextManager):
         check_simulator(args, simulator, task, state)
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}".replace("/", "-")
         self.folder, self.args = args.resume or args.runs_dir / name, args
-        self.simulator, self.label = simulator.version, task.label
+        self.about, self.label = provenance(args, simulator.version), task.label
         if args.track:
             start_tracking(args, self.folder.name)
         if not args.resume:
-            make_folder(self.folder, args, provenance(args, simulator.version))
+            make_folder(self.folder, args, self.about)
         try:
             lock = os.open(self.folder / "args.json", os.O_RDWR)  # NFS locks only what is open for writing
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1092,8 +1092,7 @@ class Run(contextlib.AbstractContextManager):
 
     def save_policy(self, policy: Policy, alpha: float, results: dict[str, dict]) -> None:
         """Write the policy file, with alpha and evaluate's results for this policy."""
-        data = policy_bytes(policy, self.args, alpha, results, provenance(self.args, self.simulator))
-        write_atomic(self.folder / "policy.safetensors", data)
+        write_atomic(self.folder / "policy.safetensors", policy_bytes(policy, self.args, alpha, results, self.about))
 
     def finish(self, quantity: str, results: Results) -> None:
         """Draw, and write the evaluation, with which the run counts as complete; then show it."""

@@ -847,9 +847,10 @@ class DiscreteRun(contextlib.AbstractContextManager):
         """
         check_tasks(args, simulator, task, state)
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time():.3f}".replace("/", "-")
-        self.folder, self.args, self.simulator = args.resume or args.runs_dir / name, args, simulator.version
+        self.folder, self.args = args.resume or args.runs_dir / name, args
+        self.about = provenance(args, simulator.version)
         if not args.resume:
-            make_folder(self.folder, args, provenance(args, simulator.version))
+            make_folder(self.folder, args, self.about)
         try:
             lock = os.open(self.folder / "args.json", os.O_RDWR)  # NFS locks only what is open for writing
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -929,7 +930,7 @@ class DiscreteRun(contextlib.AbstractContextManager):
 
     def save_policy(self, policy: CategoricalPolicy, alpha: float, results: dict[str, dict]) -> None:
         """Write the policy file, with alpha and evaluate's results for this policy."""
-        data = categorical_bytes(policy, self.args, alpha, results, provenance(self.args, self.simulator))
+        data = categorical_bytes(policy, self.args, alpha, results, self.about)
         write_atomic(self.folder / "policy.safetensors", data)
 
     def finish(self, quantity: str, results: Results) -> None:

@@ -272,8 +272,9 @@ def test_of_a_run_that_ruins_the_prior_the_prior_is_kept_if_evaluations_are_aske
     last, kept = (run_in(tmp_path / n, script, *flags, "--num-evals", n) for n in ("1", "2"))
     prior = read_policy(last.folder / "prior.safetensors")[0]
     for run, same in ((last, False), (kept, True)):
-        policy = read_policy(run.folder / "policy.safetensors")[0]
+        policy, info = read_policy(run.folder / "policy.safetensors")
         assert all(np.array_equal(policy[name], prior[name]) for name in prior) == same
+        assert not same or float(info["alpha"]) == 0.05  # the prior's, where the run's is 0.1
         results = json.loads((run.folder / "eval.json").read_text())
         assert (results["prior"] == results["customised"]) == same
         assert ("--num-evals 10 keeps the best policy of the run" in run.process.stdout) != same
@@ -293,14 +294,14 @@ def test_the_best_of_what_is_evaluated_is_kept(done, tmp_path):
 
     args = residual_ppo.Args(num_envs=2, num_steps=5, total_timesteps=49, num_evals=2)
     state = SimpleNamespace(iteration=np.int32(done), policy=done)
-    run = SimpleNamespace(folder=tmp_path, state=state, save_policy=lambda policy, *_: saved.append(policy))
+    run = SimpleNamespace(folder=tmp_path, state=state, save_policy=lambda *about: saved.append(about[:2]))
     best, logged = residual_ppo.Snapshot(run, play, args, 0.1), []
     assert played == ([4] if done else [])
-    best.offer(0)
+    best.offer(0, 0.3)
     for iteration in range(1, 5):
         best.log(lambda i, *_: logged.append(i), iteration, SimpleNamespace(policy=iteration), {})
     assert (played[-3:], logged) == ([0, 2, 4], [1, 2, 3, 4])
-    assert (best.policy, saved) == (2, [4, 2] if done else [0, 2])
+    assert (best.policy, best.alpha, saved) == (2, 0.1, [(4, 0.1) if done else (0, 0.3), (2, 0.1)])
 
 
 @pytest.mark.parametrize(("env_id", "known"), [("Hopper-v4", "survival_reward"), ("MountainCarContinuous-v0", None)])
