@@ -96,7 +96,7 @@ class Args:
     temperature: float | None = None
     """lambda, in reward per nat; if not given, the prior's alpha"""
     survival_reward: float | None = None
-    """c, in reward per step, that an end forgoes; if not given, that of the prior's file"""
+    """c, in reward per step, that an end forgoes; if not given, that of the prior's file, or 0"""
     gamma: float = 0.99
     """discount"""
 
