@@ -85,8 +85,8 @@ class Args:
     """the team of --track"""
     eval_episodes: int = 20
     """episodes of an evaluation, with sampled and again with deterministic actions"""
-    num_evals: int = 1
-    """evaluations during training, of which the policy with the best objective is kept, or the prior; 1: the last is"""
+    num_snapshots: int | None = None
+    """snapshots, the best of which is kept if a run ends below the prior; if not given, 10, or 0 with --omega-prime"""
 
     # environment and task
     env_id: str = "HalfCheetah-v4"
@@ -813,12 +813,20 @@ def log_kept(log: Callable, prior_return: float, iteration: int, state: Any, met
     log(iteration, state, metrics | kept)
 
 
+def take_snapshots(log: Callable, taken: list, due: set[int], iteration: int, state: Any, metrics: Metrics) -> None:
+    """Log an iteration, and add its policy to what is taken if it is due."""
+    log(iteration, state, metrics)
+    if iteration in due:
+        taken.append(state.policy)
+
+
 def main(args: Args, open_run: Callable) -> None:
     """Customise the prior. open_run is Run, below, or what stands for it in a copy: the log, and who keeps results."""
     prior, prior_info = load_policy(args.prior)
     constant = args.omega_prime is not None or args.omega == 0
     args = resolve_args(args, prior, prior_info, PPO_SCALES if constant else None)
-    defaults = {"budget": min(2.0, prior.actor.action_dim / 2), "jacobian": constant or args.prior_alpha > 0}
+    budget = None if constant else min(2.0, prior.actor.action_dim / 2)
+    defaults = {"budget": budget, "jacobian": constant or args.prior_alpha > 0}
     args = dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
     simulator_of = partial(make_simulator, args.env_id, args.env_kwargs)
     simulator = simulator_of(env_seeds(args.seed, TRAINING, args.num_envs))
@@ -828,56 +836,29 @@ def main(args: Args, open_run: Callable) -> None:
     state = ResidualState(**state, multiplier=jnp.zeros(2, jnp.float32))
     if args.init_from_prior:
         state = state.replace(params=state.params | {"actor": prior.params}, obs_stats=prior.obs_stats)
-    seeds = np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), len(ACTIONS))
-    alpha = args.alpha_hat or 0.0
 
-    def eval_env():  # new environments, which start alike
+    def eval_env(num_policies=1):  # new environments, which start alike
+        seeds = np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), num_policies * len(ACTIONS))
         return make_env(simulator_of(seeds), task, actor.squash)
 
+    def play(policies, noise=0):
+        return evaluate(eval_env(len(policies)), policies, args.omega, args.seed + noise)
+
     with open_run(args, simulator, task, state) as run:
-        results = evaluate(eval_env(), {"prior": prior}, args.omega, args.seed)
+        results = play({"prior": prior})
         if args.survival_reward is None:  # nor does the prior's file say it
             c = measured_survival_reward(eval_env(), prior, args.prior_alpha, args.seed)
             args = dataclasses.replace(args, survival_reward=c)
         log = partial(log_kept, run.write, results["prior"]["stochastic"]["basic"].mean())
-        if args.num_evals > 1:
-            play = partial(evaluate, eval_env(), omega=args.omega, seed=args.seed + 1)  # other noise than at the end
-            best = Snapshot(run, play, args, alpha)
-            best.offer(prior, args.prior_alpha)
-            log = partial(best.log, log)
+        due = {round(num_iterations(args) * (i + 1) / (args.num_snapshots + 1)) for i in range(args.num_snapshots)}
+        log = partial(take_snapshots, log, snapshots := [], due)
         update = partial(residual_update, args, jax.device_put(prior, across_devices(P())))
         state = train(make_env(simulator, task, actor.squash), update, args, run.state, log)
-    policy, alpha = (best.policy, best.alpha) if args.num_evals > 1 else (state.policy, alpha)
-    results |= evaluate(eval_env(), {"customised": policy}, args.omega, args.seed)
-    run.save_policy(policy, alpha, results["customised"])
+    policy, results = state.policy, results | play({"customised": state.policy})
+    if args.num_snapshots:
+        policy, results = best_if_lost(play, results, [prior, *snapshots, policy])
+    run.save_policy(policy, args.prior_alpha if policy is prior else args.alpha_hat or 0.0, results["customised"])
     run.finish(task.label, results)
-
-
-class Snapshot:
-    """The policy with the best mean objective of sampled actions so far, also in the run's folder."""
-
-    def __init__(self, run: Any, play: Callable, args: Args, alpha: float):
-        """Begin with what the run's folder has; play is evaluate, of policies alone; alpha is the run's temperature."""
-        self.run, self.play, self.run_alpha, self.score = run, play, alpha, -np.inf
-        self.due = {round(num_iterations(args) * (i + 1) / args.num_evals) for i in range(args.num_evals)}
-        if (path := run.folder / "policy.safetensors").exists():
-            policy, metadata = load_policy(path)
-            self.offer(policy, float(metadata["alpha"]))
-        if int(jax.device_get(run.state.iteration)) in self.due:  # a run that is resumed may have ended before this
-            self.offer(run.state.policy, alpha)
-
-    def log(self, log: Callable, iteration: int, state: Any, metrics: Metrics) -> None:
-        """Log an iteration, and take its policy if an evaluation is due and finds it better."""
-        log(iteration, state, metrics)
-        if iteration in self.due:
-            self.offer(state.policy, self.run_alpha)
-
-    def offer(self, policy: Policy, alpha: float) -> None:
-        """Take a policy, of temperature alpha, if it is better."""
-        results = self.play({"policy": policy})["policy"]
-        if results["stochastic"]["objective"].mean() > self.score:
-            self.policy, self.alpha, self.score = policy, alpha, results["stochastic"]["objective"].mean()
-            self.run.save_policy(policy, alpha, results)
 
 
 def measured_survival_reward(env: Env, prior: Policy, alpha: float, seed: int) -> float:
@@ -910,6 +891,7 @@ def resolve_args(args: Args, prior: Policy, prior_info: dict[str, str], scales: 
         "prior_alpha": alpha,
         "omega_prime": scales and scales[0] * args.omega * alpha,
         "alpha_hat": scales and scales[1] * alpha,
+        "num_snapshots": 0 if plain else 10,
         "survival_reward": 0.0 if plain or (args.gamma == 1 and not known) else known and float(known),
         "gamma": min(0.99, float(prior_info.get("gamma", 0.99))),  # a fresh critic learns no longer horizon in time
         "hidden_sizes": prior.actor.hidden_sizes,
@@ -990,6 +972,24 @@ def evaluate(env: Env, policies: dict[str, Policy], omega: float, seed: int) -> 
         policy: {actions: {name: x[i, j] for name, x in columns.items()} for j, actions in enumerate(ACTIONS)}
         for i, policy in enumerate(policies)
     }
+
+
+def best_if_lost(play: Callable, results: Results, policies: list[Policy]) -> tuple[Policy, Results]:
+    """The last of the policies, or, if its score is over 5 % below that of the first, the prior, the best of all.
+
+    Score: mean objective of sampled and deterministic actions; nothing learns from it. Results: evaluate's of "prior"
+    and "customised", the last, and of what is returned, and of the last as "last"; play: (policies, noise) -> so.
+    """
+
+    def scores(results):
+        return {name: np.mean([x["objective"] for x in result.values()]) for name, result in results.items()}
+
+    prior, last = scores(results).values()
+    if last >= prior - 0.05 * abs(prior):
+        return policies[-1], results
+    score = scores(play(dict(enumerate(policies)), noise=1))
+    best = policies[max(score, key=score.get)]
+    return best, {"prior": results["prior"], "last": results["customised"]} | play({"customised": best})
 
 
 # ------------------------------------------------------------------------------- policy files
@@ -1237,10 +1237,9 @@ class Run(contextlib.AbstractContextManager):
         content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
         write_atomic(self.folder / "eval.json", json.dumps(content, indent=1).encode())
         table = results_table(quantity, results)
-        if table.caption and getattr(self.args, "num_evals", 0) == 1:
-            table.caption += "; --num-evals 10 keeps the best policy of the run"
-        if "prior" in content and content["prior"] == content.get("customised"):
-            table.caption = "no policy of the run is better than the prior, which is kept"
+        if "last" in content:
+            kept = "the prior" if content["prior"] == content["customised"] else "the best one on its way"
+            table.caption = f"the run ended below the prior; kept is {kept}; a larger --omega keeps nearer to the prior"
         CONSOLE.print(table)
         where, here = shlex.quote(str(self.folder)), Path(__file__).resolve().parent
         player = next((path for path in (here / "enjoy.py", here.parent / "enjoy.py") if path.exists()), "enjoy.py")

@@ -1101,10 +1101,9 @@ class Run(contextlib.AbstractContextManager):
         content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
         write_atomic(self.folder / "eval.json", json.dumps(content, indent=1).encode())
         table = results_table(quantity, results)
-        if table.caption and getattr(self.args, "num_evals", 0) == 1:
-            table.caption += "; --num-evals 10 keeps the best policy of the run"
-        if "prior" in content and content["prior"] == content.get("customised"):
-            table.caption = "no policy of the run is better than the prior, which is kept"
+        if "last" in content:
+            kept = "the prior" if content["prior"] == content["customised"] else "the best one on its way"
+            table.caption = f"the run ended below the prior; kept is {kept}; a larger --omega keeps nearer to the prior"
         CONSOLE.print(table)
         where, here = shlex.quote(str(self.folder)), Path(__file__).resolve().parent
         player = next((path for path in (here / "enjoy.py", here.parent / "enjoy.py") if path.exists()), "enjoy.py")

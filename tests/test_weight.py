@@ -261,47 +261,61 @@ def test_a_prior_that_is_lost_is_said_with_the_flag_that_keeps_it(before, after,
 
 
 RUIN = {  # a prior that balances, with a policy's rate at which nothing stays
-    "residual_ppo": (*SHORT, "--omega-prime", 0, "--alpha-hat", 0.1, "--learning-rate", 1, "--desired-kl", 0),
+    "residual_ppo": (*SHORT, "--learning-rate", 1, "--desired-kl", 0),
     "residual_sac": (*SAC_SHORT, "--updates-per-step", 0.25, "--policy-lr", 1),
 }
 
 
 @pytest.mark.parametrize("script", RUIN)
-def test_of_a_run_that_ruins_the_prior_the_prior_is_kept_if_evaluations_are_asked_for(script, tmp_path):
+def test_of_a_run_that_ruins_the_prior_the_prior_is_kept(script, tmp_path):
     flags = ("--env-id", "Hopper-v4", "--prior", ROOT / "priors" / "Hopper-v4.safetensors", *RUIN[script])
-    last, kept = (run_in(tmp_path / n, script, *flags, "--num-evals", n) for n in ("1", "2"))
+    last, kept = run_in(tmp_path / "0", script, *flags, "--num-snapshots", 0), run_in(tmp_path / "1", script, *flags)
     prior = read_policy(last.folder / "prior.safetensors")[0]
     for run, same in ((last, False), (kept, True)):
         policy, info = read_policy(run.folder / "policy.safetensors")
         assert all(np.array_equal(policy[name], prior[name]) for name in prior) == same
-        assert not same or float(info["alpha"]) == 0.05  # the prior's, where the run's is 0.1
+        assert not same or float(info["alpha"]) == 0.05  # the prior's, not the run's
         results = json.loads((run.folder / "eval.json").read_text())
         assert (results["prior"] == results["customised"]) == same
-        assert ("--num-evals 10 keeps the best policy of the run" in run.process.stdout) != same
-        assert ("no policy of the run is better than the prior, which is kept" in run.process.stdout) == same
-    ends = (read_metrics(run.folder)[-1]["entropy"] for run in (last, kept))
-    assert len(set(ends)) == 1  # what is evaluated on the way changes nothing of the training
+        assert ("the run ended below the prior; kept is the prior" in run.process.stdout) == same
+    lost = json.loads((last.folder / "eval.json").read_text())
+    assert results["last"] == lost["customised"]  # results are those of the last, kept
+    assert "last" not in lost
 
 
-@pytest.mark.parametrize("done", [0, 4])
-def test_the_best_of_what_is_evaluated_is_kept(done, tmp_path):
-    """Evaluated are what is offered and the policies after iterations 2 and 4 of four, which are numbers here."""
-    played, saved = [], []
+SPREAD = {"stochastic": -7, "deterministic": 7}  # about the score
 
-    def play(policies):
-        played.append(policies["policy"])
-        return {"policy": {"stochastic": {"objective": np.array([-1, 1]) - (policies["policy"] - 2.2) ** 2}}}
 
-    args = residual_ppo.Args(num_envs=2, num_steps=5, total_timesteps=49, num_evals=2)
-    state = SimpleNamespace(iteration=np.int32(done), policy=done)
-    run = SimpleNamespace(folder=tmp_path, state=state, save_policy=lambda *about: saved.append(about[:2]))
-    best, logged = residual_ppo.Snapshot(run, play, args, 0.1), []
-    assert played == ([4] if done else [])
-    best.offer(0, 0.3)
-    for iteration in range(1, 5):
-        best.log(lambda i, *_: logged.append(i), iteration, SimpleNamespace(policy=iteration), {})
-    assert (played[-3:], logged) == ([0, 2, 4], [1, 2, 3, 4])
-    assert (best.policy, best.alpha, saved) == (2, 0.1, [(4, 0.1) if done else (0, 0.3), (2, 0.1)])
+@pytest.mark.parametrize(
+    ("scores", "kept"),  # of the prior, two snapshots and the last policy
+    [
+        ((100, 50, 300, 96), 3),  # the last has not lost to the prior
+        ((100, 50, 300, 94), 2),
+        ((100, 98, 50, 94), 0),
+        ((-100, -250, -50, -104), 3),
+        ((-100, -250, -50, -106), 2),
+        ((-100, -101, -300, -106), 0),
+    ],
+)
+def test_a_run_that_ends_below_the_prior_keeps_the_best_of_its_snapshots_and_the_prior(scores, kept):
+    def play(policies, noise=0):
+        """Policies are numbers here; with other noise the scores are 1 higher, so that none is reported by mistake."""
+        objectives = {name: scores[x] + noise + np.array([-1, 1]) for name, x in policies.items()}
+        return {name: {a: {"objective": x + off} for a, off in SPREAD.items()} for name, x in objectives.items()}
+
+    policy, results = residual_ppo.best_if_lost(play, play({"prior": 0, "customised": 3}), [0, 1, 2, 3])
+    means = {name: x["stochastic"]["objective"].mean() - SPREAD["stochastic"] for name, x in results.items()}
+    last = {} if kept == 3 else {"last": scores[3]}
+    assert (policy, means) == (kept, {"prior": scores[0]} | last | {"customised": scores[kept]})
+    assert list(means) == ["prior", *last, "customised"]  # in the order of the table
+
+
+def test_snapshots_are_taken_where_they_are_due():
+    snapshots, logged = [], []
+    for iteration in range(1, 6):
+        state = SimpleNamespace(policy=10 * iteration)
+        residual_ppo.take_snapshots(lambda i, *_: logged.append(i), snapshots, {2, 5}, iteration, state, {})
+    assert (snapshots, logged) == ([20, 50], [1, 2, 3, 4, 5])
 
 
 @pytest.mark.parametrize(("env_id", "known"), [("Hopper-v4", "survival_reward"), ("MountainCarContinuous-v0", None)])
