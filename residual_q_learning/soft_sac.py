@@ -1056,11 +1056,7 @@ class Run(contextlib.AbstractContextManager):
         statistics = {"mean": np.mean, "std": np.std, "episodes": np.ndarray.tolist}
         content = {name: {k: jax.tree.map(f, x) for k, f in statistics.items()} for name, x in results.items()}
         write_atomic(self.folder / "eval.json", json.dumps(content, indent=1).encode())
-        table = results_table(quantity, results)
-        if "last" in content:
-            kept = "the prior" if content["prior"] == content["customised"] else "the best one on its way"
-            table.caption = f"the run ended below the prior; kept is {kept}; a larger --omega keeps nearer to the prior"
-        CONSOLE.print(table)
+        CONSOLE.print(results_table(quantity, results))
         where, here = shlex.quote(str(self.folder)), Path(__file__).resolve().parent
         player = next((path for path in (here / "enjoy.py", here.parent / "enjoy.py") if path.exists()), "enjoy.py")
         watch = f"python {shlex.quote(os.path.relpath(player))} {where} --window"
@@ -1092,18 +1088,21 @@ def start_tracking(args: Args, name: str) -> None:
 
 
 def results_table(quantity: str, results: Results) -> rich.table.Table:
-    """Mean ± standard deviation over the episodes of each policy, with either actions; quantity is the add-on's."""
-    columns = {f"{policy}\n{actions}": x for policy, row in results.items() for actions, x in row.items()}
+    """Mean ± standard deviation over the episodes of each policy but "last", with either actions; quantity's name."""
+    columns = {f"{policy}\n{how}": x for policy, row in results.items() if policy != "last" for how, x in row.items()}
     headers = (rich.table.Column(header, justify="right", no_wrap=True) for header in columns)
     table = rich.table.Table("", *headers, box=rich.box.SIMPLE_HEAD)
     for name, digits in {"objective": 0, "total": 0, "basic": 0, "addon": 0, "quantity": 3, "length": 0}.items():
         cells = [f"{x[name].mean():.{digits}f} ± {x[name].std():.{digits}f}" for x in columns.values()]
         table.add_row({"addon": "add-on", "quantity": quantity}.get(name, name), *cells)
+    first, last, *_ = [*results.values()] * 2  # the prior, if there is one, and the run's last policy
     for name, share in {"objective": 0.05, "basic": 0.3}.items():  # if both fell, the latter is said
-        means = {actions: [x[actions][name].mean() for x in results.values()] for actions in ACTIONS}  # the prior first
-        if fell := {actions: x for actions, x in means.items() if x[-1] < x[0] - share * abs(x[0])}:
-            what = ", ".join(f"with {actions} actions from {x[0]:.0f} to {x[-1]:.0f}" for actions, x in fell.items())
+        means = {actions: (first[actions][name].mean(), last[actions][name].mean()) for actions in ACTIONS}
+        if fell := {actions: x for actions, x in means.items() if x[1] < x[0] - share * abs(x[0])}:
+            what = ", ".join(f"with {actions} actions from {x[0]:.0f} to {x[1]:.0f}" for actions, x in fell.items())
             table.caption = f"{name} fell {what}; a larger --omega keeps nearer to the prior"
+    if "last" in results:
+        table.caption += "; kept is the best of the snapshots and the prior"
     return table
 
 

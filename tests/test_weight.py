@@ -277,10 +277,13 @@ def test_of_a_run_that_ruins_the_prior_the_prior_is_kept(script, tmp_path):
         assert not same or float(info["alpha"]) == 0.05  # the prior's, not the run's
         results = json.loads((run.folder / "eval.json").read_text())
         assert (results["prior"] == results["customised"]) == same
-        assert ("the run ended below the prior; kept is the prior" in run.process.stdout) == same
+        assert ("kept is the best of the snapshots and the prior" in " ".join(run.process.stdout.split())) == same
     lost = json.loads((last.folder / "eval.json").read_text())
     assert results["last"] == lost["customised"]  # results are those of the last, kept
     assert "last" not in lost
+    texts = (" ".join(run.process.stdout.split()).rpartition("; a larger --omega")[0] for run in (last, kept))
+    captions = [text.rpartition(" fell ")[2] for text in texts]
+    assert captions[0] and captions[0] == captions[1]  # what the last lost is said, kept or not
 
 
 SPREAD = {"stochastic": -7, "deterministic": 7}  # about the score
