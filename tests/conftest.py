@@ -212,6 +212,7 @@ def make_runs(folder: Path) -> dict[str, Run]:
         def submit(what, name, *flags):
             return pool.submit(run_in, folder / what.replace(" ", "_"), name, *flags)
 
+        last = ("--num-snapshots", 0)  # so short a run may end below its prior
         export = ("--num-evals", 2, "--export", "prior.safetensors")
         train_prior = submit("train_prior_ppo", "train_prior_ppo", *cheetah, *export)
         soft = submit("soft_ppo", "soft_ppo", *PENDULUM)
@@ -227,7 +228,7 @@ def make_runs(folder: Path) -> dict[str, Run]:
         jobs = {
             "train_prior_ppo": train_prior,
             "soft_ppo": soft,
-            "residual_ppo": submit("residual_ppo", "residual_ppo", *cheetah, "--prior", prior),
+            "residual_ppo": submit("residual_ppo", "residual_ppo", *cheetah, "--prior", prior, *last),
             "soft_ppo again": submit("soft_ppo again", "soft_ppo", *PENDULUM),
             "soft_ppo seed 2": submit("soft_ppo seed 2", "soft_ppo", *PENDULUM, "--seed", 2),
             "residual_ppo from scratch": submit(
@@ -283,7 +284,8 @@ def sac_runs(tmp_path_factory) -> dict[str, Run]:
 
 def make_sac_runs(folder: Path) -> dict[str, Run]:
     """The runs of the fixture of that name."""
-    flags = ("--env-id", "Hopper-v4", *SAC_SHORT, "--prior", ROOT / "priors" / "Hopper-v4.safetensors")
+    flags = ("--env-id", "Hopper-v4", *SAC_SHORT, "--num-snapshots", 0)
+    flags += ("--prior", ROOT / "priors" / "Hopper-v4.safetensors")
     with ThreadPoolExecutor(2) as pool:
         jobs = {
             "soft_sac": pool.submit(run_in, folder / "soft", "soft_sac", *SAC_PENDULUM),
