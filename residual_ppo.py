@@ -814,7 +814,7 @@ def log_kept(log: Callable, prior_return: float, iteration: int, state: Any, met
 
 
 def take_snapshots(log: Callable, taken: list, due: set[int], iteration: int, state: Any, metrics: Metrics) -> None:
-    """Log an iteration, and add its policy to what is taken if it is due."""
+    """Log an iteration, and add its policy to what is taken if it is due; a run that is resumed begins with none."""
     log(iteration, state, metrics)
     if iteration in due:
         taken.append(state.policy)
@@ -977,8 +977,8 @@ def evaluate(env: Env, policies: dict[str, Policy], omega: float, seed: int) -> 
 def best_if_lost(play: Callable, results: Results, policies: list[Policy]) -> tuple[Policy, Results]:
     """The last of the policies, or, if its score is over 5 % below that of the first, the prior, the best of all.
 
-    Score: mean objective of sampled and deterministic actions; nothing learns from it. Results: evaluate's of "prior"
-    and "customised", the last, and of what is returned, and of the last as "last"; play: (policies, noise) -> so.
+    Score: the mean objective of sampled and of deterministic actions, from which nothing learns. Results of "prior" and
+    "customised", the last, become those of "prior", "last" and "customised" if it is not kept; play is evaluate.
     """
 
     def scores(results):
