@@ -741,7 +741,7 @@ def main(args: Args, open_run: Callable) -> None:
         update = partial(soft_update, loss, 1.0, args.alpha, args)
         train(env, update, args, run.state, partial(best.log, run.write))
     results = evaluate(eval_env, {"prior": best.policy}, 1.0, args.seed + 1)  # other episodes than it was chosen by
-    run.save_policy(best.policy, best.alpha, results["prior"])
+    run.save_policy(best.policy, args.alpha, results["prior"])
     publish(run.folder / "policy.safetensors", args.export)
     run.finish(NO_ADDON.label, results)
 
@@ -750,27 +750,26 @@ class Snapshot:
     """The policy with the best mean objective of sampled actions so far, also in the run's folder."""
 
     def __init__(self, run: Any, play: Callable, args: Args, alpha: float):
-        """Begin with what the run's folder has; play is evaluate, of policies alone; alpha is the run's temperature."""
-        self.run, self.play, self.run_alpha, self.score = run, play, alpha, -np.inf
+        """Begin with the run's, if it has one; play is evaluate, of policies alone, whose temperature is alpha."""
+        self.run, self.play, self.alpha, self.policy, self.score = run, play, alpha, None, -np.inf
         self.due = {round(num_iterations(args) * (i + 1) / args.num_evals) for i in range(args.num_evals)}
         if (path := run.folder / "policy.safetensors").exists():
-            policy, metadata = load_policy(path)
-            self.offer(policy, float(metadata["alpha"]))
+            self.offer(load_policy(path)[0])
         if int(jax.device_get(run.state.iteration)) in self.due:  # a run that is resumed may have ended before this
-            self.offer(run.state.policy, alpha)
+            self.offer(run.state.policy)
 
     def log(self, log: Callable, iteration: int, state: Any, metrics: Metrics) -> None:
         """Log an iteration, and take its policy if an evaluation is due and finds it better."""
         log(iteration, state, metrics)
         if iteration in self.due:
-            self.offer(state.policy, self.run_alpha)
+            self.offer(state.policy)
 
-    def offer(self, policy: Policy, alpha: float) -> None:
-        """Take a policy, of temperature alpha, if it is better."""
+    def offer(self, policy: Policy) -> None:
+        """Take a policy if it is better."""
         results = self.play({"policy": policy})["policy"]
         if results["stochastic"]["objective"].mean() > self.score:
-            self.policy, self.alpha, self.score = policy, alpha, results["stochastic"]["objective"].mean()
-            self.run.save_policy(policy, alpha, results)
+            self.policy, self.score = policy, results["stochastic"]["objective"].mean()
+            self.run.save_policy(policy, self.alpha, results)
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -1151,7 +1150,7 @@ def results_table(quantity: str, results: Results) -> rich.table.Table:
             what = ", ".join(f"with {actions} actions from {x[0]:.0f} to {x[1]:.0f}" for actions, x in fell.items())
             table.caption = f"{name} fell {what}; a larger --omega keeps nearer to the prior"
     if "last" in results:
-        table.caption += "; kept is the best of the snapshots and the prior"
+        table.caption = f"{table.caption or 'the objective fell'}; kept is the best of the snapshots and the prior"
     return table
 
 

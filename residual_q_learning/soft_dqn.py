@@ -914,7 +914,7 @@ def results_table(quantity: str, results: Results) -> rich.table.Table:
             what = ", ".join(f"with {actions} actions from {x[0]:.0f} to {x[1]:.0f}" for actions, x in fell.items())
             table.caption = f"{name} fell {what}; a larger --omega keeps nearer to the prior"
     if "last" in results:
-        table.caption += "; kept is the best of the snapshots and the prior"
+        table.caption = f"{table.caption or 'the objective fell'}; kept is the best of the snapshots and the prior"
     return table
 
 

@@ -28,6 +28,7 @@ from scipy.optimize import brentq
 
 import residual_ppo
 import residual_sac
+import train_prior_ppo
 
 GAMMA, ALPHA, OMEGA = 0.9, 0.5, 0.7
 SLOW = ("--env-id", "InvertedPendulum-v4", "--num-envs", 8, "--num-steps", 16, "--num-minibatches", 4)
@@ -284,6 +285,20 @@ def test_of_a_run_that_ruins_the_prior_the_prior_is_kept(script, tmp_path):
     texts = (" ".join(run.process.stdout.split()).rpartition("; a larger --omega")[0] for run in (last, kept))
     captions = [text.rpartition(" fell ")[2] for text in texts]
     assert captions[0] and captions[0] == captions[1]  # what the last lost is said, kept or not
+    ends = (read_metrics(run.folder)[-1]["entropy"] for run in (last, kept))
+    assert len(set(ends)) == 1  # snapshots change nothing of the training
+
+
+def test_a_loss_that_no_action_alone_shows_is_said():
+    """Of objectives about 0 one may be over 5 % lower in the mean of both actions, and in neither of them."""
+
+    def evaluation(*objectives):
+        names = ("objective", "total", "basic", "addon", "quantity", "length")
+        return {a: dict.fromkeys(names, np.full(3, x)) for a, x in zip(residual_ppo.ACTIONS, objectives, strict=True)}
+
+    results = {name: evaluation(*x) for name, x in {"prior": (-500, 600), "last": (-510, 590)}.items()}
+    results["customised"] = evaluation(-500, 600)
+    assert residual_ppo.results_table("x", results).caption.startswith("the objective fell; kept is")
 
 
 @pytest.mark.parametrize(
@@ -311,6 +326,27 @@ def test_a_run_that_ends_below_the_prior_keeps_the_best_of_its_snapshots_and_the
     last = {} if kept == 3 else {"last": scores[3]}
     assert (policy, means) == (kept, {"prior": scores[0]} | last | {"customised": scores[kept]})
     assert list(means) == ["prior", *last, "customised"]  # in the order of the table
+
+
+@pytest.mark.parametrize("done", [0, 4])
+def test_the_best_of_what_is_evaluated_is_kept(done, tmp_path):
+    """Evaluated are what is offered and the policies after iterations 2 and 4 of four, which are numbers here."""
+    played, saved = [], []
+
+    def play(policies):
+        played.append(policies["policy"])
+        return {"policy": {"stochastic": {"objective": np.array([-1, 1]) - (policies["policy"] - 2.2) ** 2}}}
+
+    args = train_prior_ppo.Args(num_envs=2, num_steps=5, total_timesteps=49, num_evals=2)
+    state = SimpleNamespace(iteration=np.int32(done), policy=done)
+    run = SimpleNamespace(folder=tmp_path, state=state, save_policy=lambda policy, *_: saved.append(policy))
+    best, logged = train_prior_ppo.Snapshot(run, play, args, 0.1), []
+    assert played == ([4] if done else [])
+    best.offer(0)
+    for iteration in range(1, 5):
+        best.log(lambda i, *_: logged.append(i), iteration, SimpleNamespace(policy=iteration), {})
+    assert (played[-3:], logged) == ([0, 2, 4], [1, 2, 3, 4])
+    assert (best.policy, saved) == (2, [4, 2] if done else [0, 2])
 
 
 def test_snapshots_are_taken_where_they_are_due():
