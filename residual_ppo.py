@@ -737,6 +737,7 @@ class ResidualState(TrainState):
     """TrainState with the multiplier of the budget and its start, (2,); 0 until the add-on reward has a spread."""
 
     multiplier: Array
+    snapshots: Policy  # with a leading axis, num_snapshots + 1: in the end the last is the run's own
 
 
 def falling_weights(args: Args, state: ResidualState, addon_reward: Array, valid: Array) -> tuple[Array, ...]:
@@ -755,11 +756,17 @@ def falling_weights(args: Args, state: ResidualState, addon_reward: Array, valid
     return multiplier + kl_weight, falling + kl_weight, multiplier, start
 
 
+def take_snapshot(args: Args, state: Any) -> Any:
+    """The state after an iteration, its policy put among the snapshots: the last of each of equal parts of a run."""
+    place = (state.iteration * (args.num_snapshots + 1) - 1) // num_iterations(args)
+    return state.replace(snapshots=jax.tree.map(lambda x, y: x.at[place].set(y), state.snapshots, state.policy))
+
+
 @partial(jax.jit, static_argnames="args")
 def residual_update(
     args: Args, prior: Policy, state: TrainState, transitions: Transitions, key: Array
 ) -> tuple[TrainState, Metrics]:
-    """One iteration of Residual PPO; a ResidualState, unless omega' is constant.
+    """One iteration of Residual PPO; a ResidualState, unless omega' is constant and args.num_snapshots 0.
 
     Without args.jacobian both densities are those of the action before tanh. The density of tanh(u) grows without bound
     where it saturates: of a soft-optimal prior this belongs to log pi, but of one that is optimal for nothing, as a
@@ -784,6 +791,8 @@ def residual_update(
         following = dual_step(multiplier, shift, args.budget / args.omega, start)
         state = state.replace(multiplier=jnp.stack([following, start]))
     metrics |= {"kl_to_prior": masked_mean(log_prob - prior_log_prob, valid), "mean_shift": shift}
+    if args.num_snapshots:
+        state = take_snapshot(args, state)
     weights = {"omega_prime": omega_prime, "alpha_hat": alpha_hat, "survival_reward": args.survival_reward}
     metrics |= {name: jnp.float32(x) for name, x in weights.items()}
     return state, {"entropy": -masked_mean(log_prob, valid)} | metrics
@@ -813,13 +822,6 @@ def log_kept(log: Callable, prior_return: float, iteration: int, state: Any, met
     log(iteration, state, metrics | kept)
 
 
-def take_snapshots(log: Callable, taken: list, due: set[int], iteration: int, state: Any, metrics: Metrics) -> None:
-    """Log an iteration, and add its policy to what is taken if it is due; a run that is resumed begins with none."""
-    log(iteration, state, metrics)
-    if iteration in due:
-        taken.append(state.policy)
-
-
 def main(args: Args, open_run: Callable) -> None:
     """Customise the prior. open_run is Run, below, or what stands for it in a copy: the log, and who keeps results."""
     prior, prior_info = load_policy(args.prior)
@@ -832,10 +834,11 @@ def main(args: Args, open_run: Callable) -> None:
     simulator = simulator_of(env_seeds(args.seed, TRAINING, args.num_envs))
     task, actor = ADDON_TASKS[args.addon]._replace(coef=args.addon_coef), prior.actor
     actor = dataclasses.replace(actor, hidden_sizes=args.hidden_sizes)
-    state = vars(init_state(args, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS)))
-    state = ResidualState(**state, multiplier=jnp.zeros(2, jnp.float32))
+    state = init_state(args, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS))
     if args.init_from_prior:
         state = state.replace(params=state.params | {"actor": prior.params}, obs_stats=prior.obs_stats)
+    snapshots = jax.tree.map(lambda x: jnp.repeat(x[None], args.num_snapshots + 1, 0), state.policy)
+    state = ResidualState(**vars(state), multiplier=jnp.zeros(2, jnp.float32), snapshots=snapshots)
 
     def eval_env(num_policies=1):  # new environments, which start alike
         seeds = np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), num_policies * len(ACTIONS))
@@ -850,13 +853,12 @@ def main(args: Args, open_run: Callable) -> None:
             c = measured_survival_reward(eval_env(), prior, args.prior_alpha, args.seed)
             args = dataclasses.replace(args, survival_reward=c)
         log = partial(log_kept, run.write, results["prior"]["stochastic"]["basic"].mean())
-        due = {round(num_iterations(args) * (i + 1) / (args.num_snapshots + 1)) for i in range(args.num_snapshots)}
-        log = partial(take_snapshots, log, snapshots := [], due)
         update = partial(residual_update, args, jax.device_put(prior, across_devices(P())))
         state = train(make_env(simulator, task, actor.squash), update, args, run.state, log)
     policy, results = state.policy, results | play({"customised": state.policy})
     if args.num_snapshots:
-        policy, results = best_if_lost(play, results, [prior, *snapshots, policy])
+        snapshots = (jax.tree.map(lambda x, i=i: x[i], state.snapshots) for i in range(args.num_snapshots + 1))
+        policy, results = best_if_lost(play, results, [prior, *snapshots])
     run.save_policy(policy, args.prior_alpha if policy is prior else args.alpha_hat or 0.0, results["customised"])
     run.finish(task.label, results)
 

@@ -689,11 +689,24 @@ def learn(step: Callable, args: Args, state: SACState, buffer: Buffer, key: Arra
     return state.replace(iteration=state.iteration + 1), metrics | {"param_norm": optax.tree.norm(state.params)}
 
 
+@flax.struct.dataclass
+class ResidualSACState(SACState):
+    """SACState with policies of former iterations."""
+
+    snapshots: Policy  # with a leading axis, num_snapshots + 1: in the end the last is the run's own
+
+
+def take_snapshot(args: Args, state: Any) -> Any:
+    """The state after an iteration, its policy put among the snapshots: the last of each of equal parts of a run."""
+    place = (state.iteration * (args.num_snapshots + 1) - 1) // num_iterations(args)
+    return state.replace(snapshots=jax.tree.map(lambda x, y: x.at[place].set(y), state.snapshots, state.policy))
+
+
 @partial(jax.jit, static_argnames="args", donate_argnames="buffer")
 def residual_sac_update(
     args: Args, prior: Policy, state: SACState, buffer: Buffer, transitions: Transitions, key: Array
 ) -> tuple[SACState, Buffer, Metrics]:
-    """One iteration of Residual SAC."""
+    """One iteration of Residual SAC; a ResidualSACState if args.num_snapshots."""
     obs, action, valid = transitions.obs[:-1], transitions.action, transitions.valid
     log_prob = policy_log_prob(state.policy, obs, action)
     reward = transitions.addon_reward
@@ -706,6 +719,8 @@ def residual_sac_update(
     if not args.init_from_prior:  # else keep the prior's normaliser, so that the policy changes by learning alone
         state = state.replace(obs_stats=merge_stats(state.obs_stats, obs, valid))
     state, metrics = learn(partial(gradient_step, value, args), args, state, buffer, key)
+    if args.num_snapshots:
+        state = take_snapshot(args, state)
     kl_to_prior = masked_mean(log_prob - policy_log_prob(prior, obs, action), valid)
     metrics |= {"kl_to_prior": kl_to_prior, "entropy": -masked_mean(log_prob, valid)}
     metrics |= {"survival_reward": jnp.float32(args.survival_reward)}
@@ -747,13 +762,6 @@ def log_kept(log: Callable, prior_return: float, iteration: int, state: Any, met
     log(iteration, state, metrics | kept)
 
 
-def take_snapshots(log: Callable, taken: list, due: set[int], iteration: int, state: Any, metrics: Metrics) -> None:
-    """Log an iteration, and add its policy to what is taken if it is due; a run that is resumed begins with none."""
-    log(iteration, state, metrics)
-    if iteration in due:
-        taken.append(state.policy)
-
-
 def main(args: Args, open_run: Callable) -> None:
     """Customise the prior. open_run is Run, below, or what stands for it in a copy: the log, and who keeps results."""
     prior, prior_info = load_policy(args.prior)
@@ -765,6 +773,8 @@ def main(args: Args, open_run: Callable) -> None:
     state = init_sac_state(args, args.alpha_hat, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS))
     if args.init_from_prior:
         state = state.replace(params=state.params | {"actor": prior.params}, obs_stats=prior.obs_stats)
+    snapshots = jax.tree.map(lambda x: jnp.repeat(x[None], args.num_snapshots + 1, 0), state.policy)
+    state = ResidualSACState(**vars(state), snapshots=snapshots)
 
     def eval_env(num_policies=1):  # new environments, which start alike
         seeds = np.tile(env_seeds(args.seed, EVALUATION, args.eval_episodes), num_policies * len(ACTIONS))
@@ -779,13 +789,12 @@ def main(args: Args, open_run: Callable) -> None:
             c = measured_survival_reward(eval_env(), prior, args.prior_alpha, args.seed)
             args = dataclasses.replace(args, survival_reward=c)
         log = partial(log_kept, run.write, results["prior"]["stochastic"]["basic"].mean())
-        due = {round(num_iterations(args) * (i + 1) / (args.num_snapshots + 1)) for i in range(args.num_snapshots)}
-        log = partial(take_snapshots, log, snapshots := [], due)
         update = partial(residual_sac_update, args, jax.device_put(prior, jax.devices()[0]))
         state = train_off_policy(make_env(simulator, task, actor.squash), update, args, run.state, log)
     policy, results = state.policy, results | play({"customised": state.policy})
     if args.num_snapshots:
-        policy, results = best_if_lost(play, results, [prior, *snapshots, policy])
+        snapshots = (jax.tree.map(lambda x, i=i: x[i], state.snapshots) for i in range(args.num_snapshots + 1))
+        policy, results = best_if_lost(play, results, [prior, *snapshots])
     run.save_policy(policy, args.prior_alpha if policy is prior else args.alpha_hat, results["customised"])
     run.finish(task.label, results)
 

@@ -6,6 +6,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,7 +219,14 @@ def test_constants_stay_constant_and_the_rate_is_the_schedule_without_desired_kl
     np.testing.assert_allclose([float(row["learning_rate"]) for row in rows], 3e-4 * (1 - np.arange(8) / 8), rtol=1e-5)
 
 
-def test_a_foreign_prior_needs_no_flags_and_a_resumed_run_keeps_weight_and_rate(tmp_path, prior):
+def snapshots_of(run_dir):
+    """The last layer's biases in a run's checkpoint, of its snapshots (num_snapshots + 1, action_dim), and of now."""
+    state = flax.serialization.msgpack_restore((run_dir / "checkpoint.msgpack").read_bytes())
+    layers = (x["params"] for x in (state["snapshots"]["params"], state["params"]["actor"]))
+    return [x[max(name for name in x if name.startswith("actor_mean"))]["bias"] for x in layers]
+
+
+def test_a_foreign_prior_needs_no_flags_and_a_resumed_run_keeps_weight_rate_and_snapshots(tmp_path, prior):
     """Half of a run, then the rest: omega' and the rate go on from where they were, neither from their start."""
     foreign = write_policy(tmp_path / "foreign.safetensors", prior, alpha=None, survival_reward=None)
     flags = ("--env-id", "HalfCheetah-v4", *SLOW[2:], "--total-timesteps", 12_800, "--checkpoint-interval", 0)
@@ -227,9 +235,13 @@ def test_a_foreign_prior_needs_no_flags_and_a_resumed_run_keeps_weight_and_rate(
     run_dir = wait_for_rows(process, tmp_path / "runs", 20)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    before = len(read_metrics(run_dir))
+    before, (taken, _) = len(read_metrics(run_dir)), snapshots_of(run_dir)
     assert 20 <= before < 100
     assert run_script("residual_ppo", "--resume", run_dir).returncode == 0
+    (snapshots, last), done = snapshots_of(run_dir), before * 11 // 100
+    np.testing.assert_array_equal(snapshots[:done], taken[:done])  # what was taken before is not lost
+    assert done >= 2 and len(np.unique(snapshots, axis=0)) == 11
+    np.testing.assert_array_equal(snapshots[-1], last)
     rows = read_metrics(run_dir)
     weight, shift, rate = (
         np.array([float(x[k]) for x in rows]) for k in ("omega_prime", "mean_shift", "learning_rate")
@@ -287,6 +299,9 @@ def test_of_a_run_that_ruins_the_prior_the_prior_is_kept(script, tmp_path):
     assert captions[0] and captions[0] == captions[1]  # what the last lost is said, kept or not
     ends = (read_metrics(run.folder)[-1]["entropy"] for run in (last, kept))
     assert len(set(ends)) == 1  # snapshots change nothing of the training
+    snapshots, last = snapshots_of(kept.folder)
+    assert len(np.unique(snapshots, axis=0)) > 2
+    np.testing.assert_array_equal(snapshots[-1], last)
 
 
 def test_a_loss_that_no_action_alone_shows_is_said():
@@ -349,12 +364,23 @@ def test_the_best_of_what_is_evaluated_is_kept(done, tmp_path):
     assert (best.policy, saved) == (2, [4, 2] if done else [0, 2])
 
 
-def test_snapshots_are_taken_where_they_are_due():
-    snapshots, logged = [], []
-    for iteration in range(1, 6):
-        state = SimpleNamespace(policy=10 * iteration)
-        residual_ppo.take_snapshots(lambda i, *_: logged.append(i), snapshots, {2, 5}, iteration, state, {})
-    assert (snapshots, logged) == ([20, 50], [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("iterations", "due"), [(40, [10, 20, 30, 40]), (43, [10, 21, 32, 43]), (2, [0, 1, 0, 2]), (9, [9])]
+)
+def test_of_equal_parts_of_a_run_the_last_policies_are_kept(iterations, due):
+    """Policies are numbers here, those of the iteration, and 0 before it."""
+    args = residual_ppo.Args(num_envs=2, num_steps=5, total_timesteps=10 * iterations, num_snapshots=len(due) - 1)
+
+    @flax.struct.dataclass
+    class State:
+        snapshots: jax.Array
+        policy: jax.Array = 0
+        iteration: int = 0
+
+    state = State(jnp.zeros(len(due), int))
+    for i in range(1, iterations + 1):
+        state = residual_ppo.take_snapshot(args, state.replace(policy=i, iteration=i))
+    assert state.snapshots.tolist() == due
 
 
 @pytest.mark.parametrize(("env_id", "known"), [("Hopper-v4", "survival_reward"), ("MountainCarContinuous-v0", None)])
