@@ -757,7 +757,7 @@ def falling_weights(args: Args, state: ResidualState, addon_reward: Array, valid
 
 
 def take_snapshot(args: Args, state: Any) -> Any:
-    """The state after an iteration, its policy put among the snapshots: the last of each of equal parts of a run."""
+    """The state after an iteration, its policy put among the snapshots: each is the last of one of equal parts."""
     place = (state.iteration * (args.num_snapshots + 1) - 1) // num_iterations(args)
     return state.replace(snapshots=jax.tree.map(lambda x, y: x.at[place].set(y), state.snapshots, state.policy))
 
