@@ -693,13 +693,14 @@ def learn(step: Callable, args: Args, state: SACState, buffer: Buffer, key: Arra
 class ResidualSACState(SACState):
     """SACState with policies of former iterations."""
 
-    snapshots: Policy  # with a leading axis, num_snapshots + 1: in the end the last is the run's own
+    snapshots: Policy  # with a leading axis, num_snapshots
 
 
 def take_snapshot(args: Args, state: Any) -> Any:
-    """The state after an iteration, its policy put among the snapshots: each is the last of one of equal parts."""
-    place = (state.iteration * (args.num_snapshots + 1) - 1) // num_iterations(args)
-    return state.replace(snapshots=jax.tree.map(lambda x, y: x.at[place].set(y), state.snapshots, state.policy))
+    """The state after an iteration, its policy put among the snapshots: they end equal parts of a run but the last."""
+    place = (state.iteration * (args.num_snapshots + 1) - 1) // num_iterations(args)  # past the end in the last part
+    snapshots = jax.tree.map(lambda x, y: x.at[place].set(y, mode="drop"), state.snapshots, state.policy)
+    return state.replace(snapshots=snapshots)
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="buffer")
@@ -773,7 +774,7 @@ def main(args: Args, open_run: Callable) -> None:
     state = init_sac_state(args, args.alpha_hat, actor, simulator.obs_dim, seed_words(args.seed, NETWORKS))
     if args.init_from_prior:
         state = state.replace(params=state.params | {"actor": prior.params}, obs_stats=prior.obs_stats)
-    snapshots = jax.tree.map(lambda x: jnp.repeat(x[None], args.num_snapshots + 1, 0), state.policy)
+    snapshots = jax.tree.map(lambda x: jnp.repeat(x[None], args.num_snapshots, 0), state.policy)
     state = ResidualSACState(**vars(state), snapshots=snapshots)
 
     def eval_env(num_policies=1):  # new environments, which start alike
@@ -793,8 +794,8 @@ def main(args: Args, open_run: Callable) -> None:
         state = train_off_policy(make_env(simulator, task, actor.squash), update, args, run.state, log)
     policy, results = state.policy, results | play({"customised": state.policy})
     if args.num_snapshots:
-        snapshots = (jax.tree.map(lambda x, i=i: x[i], state.snapshots) for i in range(args.num_snapshots + 1))
-        policy, results = best_if_lost(play, results, [prior, *snapshots])
+        snapshots = (jax.tree.map(lambda x, i=i: x[i], state.snapshots) for i in range(args.num_snapshots))
+        policy, results = best_if_lost(play, results, [prior, *snapshots, policy])
     run.save_policy(policy, args.prior_alpha if policy is prior else args.alpha_hat, results["customised"])
     run.finish(task.label, results)
 
@@ -915,9 +916,8 @@ def evaluate(env: Env, policies: dict[str, Policy], omega: float, seed: int) -> 
 def best_if_lost(play: Callable, results: Results, policies: list[Policy]) -> tuple[Policy, Results]:
     """The last of the policies, or, if it is worse than the first, the prior, the one with the best score.
 
-    Score: the mean objective of sampled and of deterministic actions, from which nothing learns. Worse: by over 5 % and
-    two standard errors. Results of "prior" and "customised", the last, become those of "prior", "last" and "customised"
-    if it is not kept; play is evaluate.
+    Score: mean objective of sampled and deterministic actions; nothing learns from it. Worse: by over 5 % and two
+    standard errors. Results are evaluate's, as play is; those of a last policy that is not kept are named "last".
     """
     before, after = (np.ravel([x["objective"] for x in results[name].values()]) for name in ("prior", "customised"))
     error = np.sqrt((before.var() + after.var()) / len(before))
